@@ -1,0 +1,43 @@
+# Two commands matter: `make serve` and `make test`. Both set up what this machine needs first; when nothing changed that is instant.
+PYTHON  ?= python3
+MACHINE := $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
+BIN     := .venv/bin
+READY   := .venv/.ready-$(MACHINE)
+PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Where pip finds a CPU build of torch, if not by itself: make TORCH_INDEX=URL ... (install.md says which)
+TORCH_INDEX ?=
+FILE    ?= model_configs/cpu_1_gpu_2_model.json
+MODELS  := .models
+
+.PHONY: serve test test-all bench install help clean
+
+help:                ## this list
+	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+serve: $(READY) $(MODELS)/.made ## start the server on FILE (default: two tiny models, no GPU needed)
+	@$(BIN)/chimera serve $(FILE)
+
+test: $(READY)       ## linter, types and quick tests
+	@echo "test: ruff, mypy, quick tests"
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/pytest
+
+test-all: $(READY)   ## the slow tests too: real engines, killed processes
+	@echo "test-all: slow tests"
+	@$(BIN)/pytest -m slow
+
+install: $(READY)    ## only set up .venv
+
+clean:               ## forget .venv and the tiny models
+	rm -rf .venv $(MODELS)
+
+$(READY): requirements/$(MACHINE).txt requirements/dev.txt pyproject.toml
+	@echo "set-up: installing the $(MACHINE) packages into .venv (once; 1.7 GB on a CPU)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(PIP) $(if $(filter cpu,$(MACHINE)),--no-deps) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/$(MACHINE).txt
+	@$(PIP) --no-deps -r requirements/dev.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(MODELS)/.made: $(READY) python/chimera/cli/tiny_models.py
+	@$(BIN)/chimera models make $(MODELS)
+	@touch $@

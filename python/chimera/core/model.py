@@ -1,0 +1,45 @@
+"""A model as decisions see it: a name, what it weighs, what a token of its cache weighs, and what it owes its users."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+
+class Slo(msgspec.Struct, frozen=True, kw_only=True):
+    """The latencies promised to a user. `None` promises nothing."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything the system knows of a registered model, whether it is running or not."""
+
+    name: str
+    path: str
+    """The folder with config.json and weights."""
+    tokenizer_path: str
+    architecture: str
+    weight_bytes: int
+    """Per tensor-parallel rank."""
+    kv_bytes_per_token: int
+    """Per tensor-parallel rank, over all layers."""
+    context_length: int
+    tp_size: int = 1
+    dtype: str = "auto"
+    quantization: str | None = None
+    aliases: tuple[str, ...] = ()
+    slo: Slo = Slo()
+    priority: int = 0
+    pin: bool = False
+    preload: bool = False
+    keep_alive_s: float | None = None
+    """Idle time after which the model may leave; `None` leaves that to the policy."""
+    drain_s: float = 30.0
+    engine: str = "sglang"
+    engine_args: dict[str, Any] = {}
+
+    def kv_bytes(self, tokens: int) -> int:
+        return tokens * self.kv_bytes_per_token

@@ -1,0 +1,33 @@
+"""The state of the whole system at one moment, as its readers see it: CLI, dashboard, metrics, policies."""
+
+from __future__ import annotations
+
+import msgspec
+
+from chimera.core.gpu import Gpu
+from chimera.core.model import ModelSpec
+from chimera.core.replica import Epoch, ReplicaId, ReplicaState
+
+
+class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
+    replica: ReplicaId
+    epoch: Epoch | None
+    state: ReplicaState
+    gpu_ids: tuple[int, ...]
+    running: int = 0
+    queued: int = 0
+    kv_tokens: int = 0
+    """KV slots the replica may use now."""
+    kv_used_tokens: int = 0
+    since_s: float = 0.0
+
+
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
+    version: int = 1
+    now_s: float
+    policy: str
+    gpus: tuple[Gpu, ...] = ()
+    models: tuple[ModelSpec, ...] = ()
+    replicas: tuple[ReplicaView, ...] = ()
+    waiting: dict[str, int] = {}
+    """Requests held by the dispatcher, by model, because no replica serves them yet."""

@@ -1,0 +1,70 @@
+"""The errors this package raises, and nothing else.
+
+    ChimeraError
+    ├── ConfigError     the operator must change something; names the field and every fault at once
+    ├── DriverError     the device refused; carries call, code, bytes
+    ├── WorkerLost      the process is gone; carries replica and epoch
+    └── ProtocolError   a peer broke the contract
+
+Running short of pages is a value, not an exception. HTTP codes live in `server/errors.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class ChimeraError(Exception):
+    """The root: whatever the package raises on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """One thing the operator must change."""
+
+    where: str
+    """The place inside the document, as a path: `[1].init_placements[0].gpu_ids`."""
+    what: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        hint = f" ({self.hint})" if self.hint else ""
+        return f"{self.where}: {self.what}{hint}" if self.where else f"{self.what}{hint}"
+
+
+class ConfigError(ChimeraError):
+    """What the operator wrote cannot be served. Lists every fault, so that one round of mending is enough."""
+
+    def __init__(self, source: str, faults: Sequence[Fault]) -> None:
+        self.source = source
+        self.faults = tuple(faults)
+        super().__init__("\n".join(f"{source}: {fault}" for fault in self.faults))
+
+    @classmethod
+    def single(cls, source: str, what: str, *, where: str = "", hint: str = "") -> ConfigError:
+        return cls(source, [Fault(where, what, hint)])
+
+
+class DriverError(ChimeraError):
+    """The device (or the kernel that stands in for it) refused a memory call."""
+
+    def __init__(self, call: str, code: int, nbytes: int, detail: str = "") -> None:
+        self.call = call
+        self.code = code
+        self.nbytes = nbytes
+        self.detail = detail
+        super().__init__(f"{call} of {nbytes} bytes failed with code {code}" + (f": {detail}" if detail else ""))
+
+
+class WorkerLost(ChimeraError):
+    """A worker process is gone, and with it what it was doing."""
+
+    def __init__(self, replica: str, epoch: str, detail: str = "") -> None:
+        self.replica = replica
+        self.epoch = epoch
+        super().__init__(f"worker of {replica} (epoch {epoch}) is gone" + (f": {detail}" if detail else ""))
+
+
+class ProtocolError(ChimeraError):
+    """A peer sent what the contract does not allow; its connection is closed."""

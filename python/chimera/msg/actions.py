@@ -1,0 +1,111 @@
+"""What a scheduler wants done. Every action says why, in words for people."""
+
+from __future__ import annotations
+
+import msgspec
+
+from chimera.core.model import ModelSpec
+from chimera.core.placement import Seat
+from chimera.core.replica import Epoch, ReplicaId
+from chimera.core.request import Request
+
+
+class Action(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The root of all actions."""
+
+    reason: str
+
+
+class Activate(Action, frozen=True, kw_only=True):
+    """Bring the replica up. `epoch` is empty on the way from control and minted by the agent that obeys."""
+
+    model: ModelSpec
+    seat: Seat
+    epoch: Epoch | None = None
+
+
+class Deactivate(Action, frozen=True, kw_only=True):
+    """Take the replica down: drain for up to `drain_s`, then send what is left back to its front-ends."""
+
+    replica: ReplicaId
+    epoch: Epoch
+    drain_s: float = 0.0
+
+
+class Pause(Action, frozen=True, kw_only=True):
+    """Take no step; memory stays."""
+
+    replica: ReplicaId
+    epoch: Epoch
+
+
+class Resume(Action, frozen=True, kw_only=True):
+    replica: ReplicaId
+    epoch: Epoch
+
+
+class Grant(Action, frozen=True, kw_only=True):
+    """The replica may hold up to `level` pages."""
+
+    replica: ReplicaId
+    epoch: Epoch
+    gpu_id: int
+    revision: int
+    level: int
+
+
+class Recall(Action, frozen=True, kw_only=True):
+    """The replica must come down to `level` pages by `deadline_s`, and say so with `PagesReturned`."""
+
+    replica: ReplicaId
+    epoch: Epoch
+    gpu_id: int
+    revision: int
+    level: int
+    deadline_s: float
+
+
+class Route(Action, frozen=True, kw_only=True):
+    """Hand the request to the agent that owns `replica`."""
+
+    request: Request
+    replica: ReplicaId
+    agent: str
+
+
+class Admit(Action, frozen=True, kw_only=True):
+    """Give the request to the replica's engine now."""
+
+    request_id: str
+    replica: ReplicaId
+    epoch: Epoch
+
+
+class Abort(Action, frozen=True, kw_only=True):
+    """Stop the request wherever it is; its client has left."""
+
+    request_id: str
+    replica: ReplicaId
+    epoch: Epoch | None = None
+
+
+class Requeue(Action, frozen=True, kw_only=True):
+    """Ask the request's front-end to bring it again with the tokens it has."""
+
+    request_id: str
+    front: str
+
+
+class Reject(Action, frozen=True, kw_only=True):
+    """The request ends here in one clear error. `retry_after_s` is empty when trying again is no use."""
+
+    request_id: str
+    front: str
+    code: str
+    retry_after_s: float | None = None
+
+
+class WakeAt(Action, frozen=True, kw_only=True):
+    """Send `Woke` at `at_s`; a later `WakeAt` replaces an earlier one."""
+
+    at_s: float

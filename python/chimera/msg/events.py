@@ -1,0 +1,132 @@
+"""What happened, told to a scheduler. Every event about a replica carries the epoch it speaks of."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from chimera.core.gpu import Gpu
+from chimera.core.model import ModelSpec
+from chimera.core.replica import Epoch, ReplicaId
+from chimera.core.request import Request
+
+
+class Outcome(enum.StrEnum):
+    """How a request ended. Every request ends exactly once, in exactly one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+    REQUEUED = "requeued"
+    """Left this worker unfinished; its front-end brings it back with the tokens emitted so far."""
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The root of all events."""
+
+
+class ModelRegistered(Event, frozen=True, kw_only=True):
+    model: ModelSpec
+
+
+class ModelRemoved(Event, frozen=True, kw_only=True):
+    model: str
+
+
+class RequestArrived(Event, frozen=True, kw_only=True):
+    request: Request
+
+
+class RequestCancelled(Event, frozen=True, kw_only=True):
+    """The client left."""
+
+    request_id: str
+
+
+class RequestFinished(Event, frozen=True, kw_only=True):
+    request_id: str
+    replica: ReplicaId
+    epoch: Epoch
+    outcome: Outcome
+    output_tokens: int
+    cached_tokens: int = 0
+
+
+class AgentJoined(Event, frozen=True, kw_only=True):
+    agent: str
+    agent_start: int
+    gpus: tuple[Gpu, ...]
+
+
+class AgentLost(Event, frozen=True, kw_only=True):
+    agent: str
+    reason: str
+
+
+class ReplicaReady(Event, frozen=True, kw_only=True):
+    """The replica serves: it holds `kv_tokens` slots and takes up to `credits` requests at a time."""
+
+    replica: ReplicaId
+    epoch: Epoch
+    credits: int
+    kv_tokens: int
+    context_length: int
+    load_s: float
+
+
+class ReplicaStopped(Event, frozen=True, kw_only=True):
+    """The replica has left its worker, and its pages are back."""
+
+    replica: ReplicaId
+    epoch: Epoch
+    reason: str
+
+
+class ActivationFailed(Event, frozen=True, kw_only=True):
+    replica: ReplicaId
+    epoch: Epoch
+    reason: str
+    permanent: bool = False
+    """Trying again cannot help: the model itself cannot be served."""
+
+
+class WorkerLost(Event, frozen=True, kw_only=True):
+    """A worker's process has exited; `replica` is what it was serving or loading."""
+
+    worker: str
+    reason: str
+    replica: ReplicaId | None = None
+    epoch: Epoch | None = None
+
+
+class PagesWanted(Event, frozen=True, kw_only=True):
+    """The replica would use `level` pages if it had them."""
+
+    replica: ReplicaId
+    epoch: Epoch
+    gpu_id: int
+    revision: int
+    level: int
+
+
+class PagesReturned(Event, frozen=True, kw_only=True):
+    """The replica holds no more than `level` pages, as `revision` asked. Only this, or a confirmed exit, frees pages."""
+
+    replica: ReplicaId
+    epoch: Epoch
+    gpu_id: int
+    revision: int
+    level: int
+
+
+class GpuSampled(Event, frozen=True, kw_only=True):
+    """Memory held on the device by processes that are not ours."""
+
+    gpu_id: int
+    strangers_bytes: int
+
+
+class Woke(Event, frozen=True, kw_only=True):
+    """The time asked for by `WakeAt` has come."""

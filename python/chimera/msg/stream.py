@@ -1,0 +1,124 @@
+"""The stream of a request: from front-end to engine and back, and the greetings between processes.
+
+A request's payload (its prompt tokens and sampling settings) is encoded once by the front-end and decoded once by the
+engine; dispatcher and agents carry it as opaque bytes beside the `Request` they decide on.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from chimera.core.replica import Epoch, ReplicaId
+from chimera.core.request import Request
+from chimera.msg.events import Outcome
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How to pick tokens; the words are SGLang's."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    seed: int | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+class Payload(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine needs of a request."""
+
+    input_ids: list[int]
+    sampling: Sampling
+    logprobs: int | None = None
+    """How many alternatives to report per token; `None` reports no log-probabilities."""
+
+
+class Stream(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The root of all stream messages."""
+
+
+class Hello(Stream, frozen=True, kw_only=True):
+    """The first message on every connection: who speaks."""
+
+    role: str
+    """`front`, `control`, `agent`, `worker` or `cli`."""
+    name: str
+    pid: int
+
+
+class Enqueue(Stream, frozen=True, kw_only=True):
+    """A request with its payload, from front-end to dispatcher to agent."""
+
+    request: Request
+    payload: bytes
+
+
+class Cancel(Stream, frozen=True, kw_only=True):
+    request_id: str
+
+
+class Submit(Stream, frozen=True, kw_only=True):
+    """An admitted request, from agent to worker."""
+
+    request_id: str
+    epoch: Epoch
+    front: str
+    payload: bytes
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """What one step made for one request. `outcome` is set on its last delta."""
+
+    request_id: str
+    token_ids: list[int]
+    outcome: Outcome | None = None
+    cached_tokens: int = 0
+    matched_stop: int | None = None
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class Tokens(Stream, frozen=True, kw_only=True):
+    """One engine step for every request of one front-end: one message per worker, step and front-end."""
+
+    replica: ReplicaId
+    epoch: Epoch
+    deltas: list[TokenDelta]
+
+
+class Failed(Stream, frozen=True, kw_only=True):
+    """The request ends in one error, or, if `requeue`, comes back to its front-end to be tried again."""
+
+    request_id: str
+    code: str
+    message: str
+    requeue: bool = False
+    retry_after_s: float | None = None
+
+
+class Heartbeat(Stream, frozen=True, kw_only=True):
+    """A worker's counters, sent on change and at most every so often; empty lists of news are not sent."""
+
+    replica: ReplicaId
+    epoch: Epoch
+    running: int
+    queued: int
+    kv_tokens: int
+    kv_used_tokens: int
+
+
+class Stop(Stream, frozen=True, kw_only=True):
+    """End the process in order: drain for up to `drain_s`, then leave."""
+
+    drain_s: float = 0.0
