@@ -10,6 +10,7 @@ import msgspec
 
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
+from chimera.core.snapshot import Snapshot
 from chimera.msg.events import Outcome
 
 
@@ -116,6 +117,26 @@ class Heartbeat(Stream, frozen=True, kw_only=True):
     queued: int
     kv_tokens: int
     kv_used_tokens: int
+
+
+class Fork(Stream, frozen=True, kw_only=True):
+    """Asks the preloaded parent for one more worker, which greets `agent_socket`."""
+
+    worker: str
+    agent_socket: str
+
+
+class Forked(Stream, frozen=True, kw_only=True):
+    worker: str
+    pid: int
+
+
+class SnapshotWanted(Stream, frozen=True, kw_only=True):
+    """Ask control for the state of the whole system."""
+
+
+class SnapshotTaken(Stream, frozen=True, kw_only=True):
+    snapshot: Snapshot
 
 
 class Stop(Stream, frozen=True, kw_only=True):

@@ -50,6 +50,10 @@ Message = (
     | stream.Tokens
     | stream.Failed
     | stream.Heartbeat
+    | stream.Fork
+    | stream.Forked
+    | stream.SnapshotWanted
+    | stream.SnapshotTaken
     | stream.Stop
 )
 

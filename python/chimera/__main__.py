@@ -1,0 +1,7 @@
+"""`python -m chimera` is `chimera`."""
+
+import sys
+
+from chimera.cli.main import main
+
+sys.exit(main())

@@ -1,0 +1,51 @@
+"""Finds the verb and hands over. Only the chosen verb's module is imported, so `chimera --help` stays instant."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+import chimera
+from chimera.errors import ChimeraError
+
+# verb: what it does. Each is a module of this room with `configure(parser)` and `run(arguments) -> exit status`.
+VERBS = {
+    "serve": "start the server on a placement file or on models",
+    "check": "read a placement file and name every fault, starting nothing",
+    "chat": "talk to a model of a running server",
+    "status": "what a running server holds and does",
+    "memory": "who holds how much of each GPU",
+    "models": "make small models to try things with",
+    "doctor": "look at this machine and say what would keep it from serving",
+    "replay-decisions": "run a decision log again and compare every action",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="chimera", description=chimera.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"chimera {chimera.__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    for verb, purpose in VERBS.items():
+        verb_parser = verbs.add_parser(verb, help=purpose, description=purpose)
+        if verb == chosen:
+            module = importlib.import_module(f"chimera.cli.{verb.replace('-', '_')}")
+            module.configure(verb_parser)
+    arguments = parser.parse_args(words)
+    try:
+        status: int = module.run(arguments)
+    except ChimeraError as fault:
+        print(fault, file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `chimera status | head`
+        return 1
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
