@@ -38,6 +38,6 @@ $(READY): requirements/$(MACHINE).txt requirements/dev.txt pyproject.toml
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
 
-$(MODELS)/.made: $(READY) python/chimera/cli/tiny_models.py
+$(MODELS)/.made: $(READY) $(wildcard python/chimera/tiny/*.py)
 	@$(BIN)/chimera models make $(MODELS)
 	@touch $@

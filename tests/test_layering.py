@@ -31,10 +31,11 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "server": ({"core", "msg", "wire", "parsing"}, {"aiohttp", "msgspec", "uvloop"}),
     "trace": ({"core"}, {"msgspec"}),
     "sim": ({"core", "msg", "sched", "trace"}, {"msgspec"}),
+    "tiny": (set(), {"numpy", "safetensors", "tokenizers"}),
     # Wiring only: it may see every room, and the third-party packages of the tools it starts.
     "cli": (
         {"agent", "config", "control", "core", "engine", "ledger", "msg", "parsing", "sched", "server", "sim", "trace", "vmm"}
-        | {"weights", "wire", "worker"},
+        | {"tiny", "weights", "wire", "worker"},
         {"aiohttp", "msgspec", "pynvml", "tokenizers", "torch", "transformers"},
     ),
 }
