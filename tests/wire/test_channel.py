@@ -233,13 +233,12 @@ async def test_the_blocking_kind_speaks_with_the_looping_kind(host: Host, path: 
     got: list[Message] = []
 
     def drain() -> None:
-        with pytest.raises(EOFError):
-            while True:
-                got.extend(worker.receive(None))
+        while not worker.closed:
+            got.extend(worker.receive(None))
 
     await asyncio.wait_for(asyncio.to_thread(drain), 5)
     assert got == cancels(3000)
-    assert worker.closed
+    worker.close()
 
 
 def test_a_blocking_receive_waits_only_as_long_as_told() -> None:
@@ -265,8 +264,10 @@ def test_a_blocking_send_never_waits_and_catches_up_later() -> None:
         worker.flush()
     assert worker.unsent_bytes == 0
     worker.close()
-    with pytest.raises(EOFError):
-        agent.receive(None)
+    assert agent.receive(None) == []
+    assert agent.closed
+    assert agent.fileno() >= 0
+    agent.close()
 
 
 def test_a_blocking_send_cuts_off_a_peer_that_never_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,8 +277,8 @@ def test_a_blocking_send_cuts_off_a_peer_that_never_reads(monkeypatch: pytest.Mo
     for _ in range(4):
         worker.send(bulky(1 << 19))
     assert worker.closed
-    with pytest.raises(ProtocolError, match="unread"):
-        worker.receive(0.0)
+    assert "unread" in str(worker.fault)
+    worker.close()
     theirs.close()
 
 
@@ -286,11 +287,12 @@ def test_a_blocking_channel_survives_a_peer_that_is_gone() -> None:
     worker, agent = BlockingChannel(ours), BlockingChannel(theirs)
     agent.send(HELLO)
     agent.close()
-    for _ in range(3):
-        worker.send(HELLO)
+    worker.send(HELLO)
+    assert worker.closed  # a sender that never receives learns of the end too
     assert worker.receive(None) == [HELLO]
-    with pytest.raises(EOFError):
-        worker.receive(None)
+    assert worker.receive(None) == []
+    assert worker.closed
+    worker.close()
 
 
 def test_a_blocking_channel_names_a_broken_frame() -> None:
@@ -298,6 +300,7 @@ def test_a_blocking_channel_names_a_broken_frame() -> None:
     worker = BlockingChannel(ours)
     theirs.sendall(encode(HELLO) + b"garbage!")
     assert worker.receive(None) == [HELLO]
-    with pytest.raises(ProtocolError, match="not ours"):
-        worker.receive(None)
+    assert worker.receive(None) == []
+    assert "not ours" in str(worker.fault)
+    worker.close()
     theirs.close()

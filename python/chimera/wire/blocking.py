@@ -29,6 +29,7 @@ class BlockingChannel:
         self._outgoing: deque[memoryview] = deque()
         self._unsent_bytes = 0
         self._closed = False
+        self._read_out = False
         self._fault: ProtocolError | None = None
 
     @classmethod
@@ -45,8 +46,13 @@ class BlockingChannel:
 
     @property
     def closed(self) -> bool:
-        """Nothing sent from now on reaches the peer."""
+        """What is sent is dropped; what came before may still be received. The descriptor stays until `close`."""
         return self._closed
+
+    @property
+    def fault(self) -> ProtocolError | None:
+        """What broke the contract, if that is how the connection ended."""
+        return self._fault
 
     @property
     def unsent_bytes(self) -> int:
@@ -57,7 +63,7 @@ class BlockingChannel:
         return self._socket.fileno()
 
     def send(self, message: Message) -> None:
-        """Hand the message over. After the end it is dropped: `closed`, or the next `receive`, has the news."""
+        """Hand the message over. After the end it is dropped."""
         if self._closed:
             return
         frame = memoryview(encode(message))
@@ -65,8 +71,7 @@ class BlockingChannel:
         self._unsent_bytes += len(frame)
         self.flush()
         if self._unsent_bytes > MAX_UNSENT_BYTES:
-            self._fault = ProtocolError(f"the peer leaves more than {MAX_UNSENT_BYTES} bytes unread; it is cut off")
-            self.close()
+            self._end(ProtocolError(f"the peer leaves more than {MAX_UNSENT_BYTES} bytes unread; it is cut off"))
 
     def flush(self) -> None:
         """Write what the socket takes, without waiting."""
@@ -76,7 +81,8 @@ class BlockingChannel:
                 sent = self._socket.send(frame)
             except BlockingIOError:
                 return
-            except OSError:  # the peer is gone; what it sent before may still be read
+            except OSError:  # the peer is gone; what it sent before that may still be read
+                self._closed = True
                 self._forget_outgoing()
                 return
             self._unsent_bytes -= sent
@@ -88,15 +94,13 @@ class BlockingChannel:
     def receive(self, timeout_s: float | None = 0.0) -> list[Message]:
         """Every message that is there, after waiting up to `timeout_s` for the first (`None`: until there is one).
 
-        Raises EOFError once the peer has ended and all it sent was returned, ProtocolError when it broke the contract.
+        Returns nothing, at once, when the connection has ended; `closed` says so, and `fault` why if the peer broke it.
         """
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            if self._closed:
-                raise self._fault or EOFError("the peer has ended the connection")
             self.flush()
-            messages = self._read()
-            if messages or timeout_s == 0.0:
+            messages = [] if self._read_out else self._read()
+            if messages or self._read_out or timeout_s == 0.0:
                 return messages
             left_s = None if deadline_s is None else deadline_s - time.monotonic()
             if left_s is not None and left_s <= 0:
@@ -104,9 +108,8 @@ class BlockingChannel:
             self._wait(left_s)
 
     def close(self) -> None:
-        """End the connection now; what the socket has not taken is lost."""
-        self._closed = True
-        self._forget_outgoing()
+        """End the connection and give the descriptor back; what the socket has not taken is lost."""
+        self._end(None)
         self._socket.close()
 
     def _read(self) -> list[Message]:
@@ -116,7 +119,7 @@ class BlockingChannel:
                 data = self._socket.recv(_READ_BYTES)
                 if not data:
                     self._reader.close()
-                    self.close()
+                    self._end(None)
                     break
                 messages.extend(self._reader.feed(data))
                 if len(data) < _READ_BYTES:
@@ -124,18 +127,20 @@ class BlockingChannel:
         except BlockingIOError:
             pass
         except ConnectionError:
-            self.close()
+            self._end(None)
         except ProtocolError as fault:
-            self._fault = fault
-            self.close()
+            self._end(fault)
         return messages
 
     def _wait(self, left_s: float | None) -> None:
-        if self._closed:
-            return
         poll = select.poll()
         poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._outgoing else 0))
         poll.poll(None if left_s is None else left_s * 1000)
+
+    def _end(self, fault: ProtocolError | None) -> None:
+        self._closed = self._read_out = True
+        self._fault = fault or self._fault
+        self._forget_outgoing()
 
     def _forget_outgoing(self) -> None:
         self._outgoing.clear()
