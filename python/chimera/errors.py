@@ -4,7 +4,8 @@
     ├── ConfigError     the operator must change something; names the field and every fault at once
     ├── DriverError     the device refused; carries call, code, bytes
     ├── WorkerLost      the process is gone; carries replica and epoch
-    └── ProtocolError   a peer broke the contract
+    ├── ProtocolError   a peer broke the contract
+    └── RequestError    one client's request ends here; carries a code, and the parameter at fault
 
 Running short of pages is a value, not an exception. HTTP codes live in `server/errors.py`.
 """
@@ -68,3 +69,14 @@ class WorkerLost(ChimeraError):
 
 class ProtocolError(ChimeraError):
     """A peer sent what the contract does not allow; its connection is closed."""
+
+
+class RequestError(ChimeraError):
+    """One client's request cannot be served. The code says what kind of end it is; only the server knows HTTP's word for it."""
+
+    def __init__(self, code: str, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        self.code = code
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
