@@ -29,6 +29,7 @@ Message = (
     | events.WorkerLost
     | events.PagesWanted
     | events.PagesReturned
+    | events.PagesHeld
     | events.GpuSampled
     | events.Woke
     | actions.Activate
