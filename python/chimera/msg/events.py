@@ -7,6 +7,7 @@ import enum
 import msgspec
 
 from chimera.core.gpu import Gpu
+from chimera.core.lease import LeaseClass
 from chimera.core.model import ModelSpec
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
@@ -112,13 +113,37 @@ class PagesWanted(Event, frozen=True, kw_only=True):
 
 
 class PagesReturned(Event, frozen=True, kw_only=True):
-    """The replica holds no more than `level` pages, as `revision` asked. Only this, or a confirmed exit, frees pages."""
+    """The replica holds no more than `level` pages, as `revision` asked. Only this, or a confirmed exit, frees pages.
+
+    Every order is answered, a `Grant` too; a `Recall` may be answered several times on its way down.
+    """
 
     replica: ReplicaId
     epoch: Epoch
     gpu_id: int
     revision: int
     level: int
+
+
+class PagesHeld(Event, frozen=True, kw_only=True):
+    """All that a worker has on one GPU, told first on every connection: a restarted ledger learns the truth from these.
+
+    A worker that connects anew has closed the old connection before, with whatever orders were still unread on it.
+    """
+
+    worker: str
+    gpu_id: int
+    kept: dict[LeaseClass, int] = {}
+    """Pages that stay with the worker, whichever replica it is: context, parked graphs."""
+    replica: ReplicaId | None = None
+    """Empty, with all below it, while the worker is EMPTY."""
+    epoch: Epoch | None = None
+    reserved: dict[LeaseClass, int] = {}
+    """What the replica has beside its lease: weights, workspace."""
+    revision: int = 0
+    """The newest order that the replica has read."""
+    level: int = 0
+    """The most it has or may still take under that order."""
 
 
 class GpuSampled(Event, frozen=True, kw_only=True):
