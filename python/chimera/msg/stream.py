@@ -11,6 +11,7 @@ import msgspec
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
 from chimera.core.snapshot import Snapshot
+from chimera.msg.actions import Route
 from chimera.msg.events import Outcome
 
 
@@ -60,8 +61,21 @@ class Enqueue(Stream, frozen=True, kw_only=True):
     payload: bytes
 
 
+class Delivery(Stream, frozen=True, kw_only=True):
+    """A routed request with its payload, from dispatcher to agent."""
+
+    route: Route
+    payload: bytes
+
+
 class Cancel(Stream, frozen=True, kw_only=True):
     request_id: str
+
+
+class FrontLost(Stream, frozen=True, kw_only=True):
+    """The front-end's process has exited, and with it the clients of all its requests; from control to the agents."""
+
+    front: str
 
 
 class Submit(Stream, frozen=True, kw_only=True):
@@ -79,8 +93,11 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
-    """What one step made for one request. `outcome` is set on its last delta."""
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
+    """What one step made for one request. `outcome` is set on its last delta.
+
+    Hundreds are made in every step and none can be part of a cycle, so the collector need not look at them.
+    """
 
     request_id: str
     token_ids: list[int]

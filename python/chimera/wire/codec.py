@@ -46,7 +46,9 @@ Message = (
     | actions.WakeAt
     | stream.Hello
     | stream.Enqueue
+    | stream.Delivery
     | stream.Cancel
+    | stream.FrontLost
     | stream.Submit
     | stream.Tokens
     | stream.Failed
@@ -99,14 +101,13 @@ class FrameReader:
         self._buffer += data
         start = 0
         try:
-            while len(self._buffer) - start >= _HEADER.size:
-                header = self._buffer[start : start + _HEADER.size]
-                end = start + _HEADER.size + _body_length(header)
-                if len(self._buffer) < end:
+            while (body := start + _HEADER.size) <= len(self._buffer):
+                end = body + _body_length(self._buffer, start)
+                if end > len(self._buffer):
                     break
-                body = bytes(self._buffer[start + _HEADER.size : end])
                 start = end
-                yield _decode_body(body)
+                # A copy, because a view that is still held would keep the buffer from shrinking.
+                yield _decode_body(self._buffer[body:end])
         finally:
             del self._buffer[:start]
 
@@ -116,12 +117,12 @@ class FrameReader:
             raise ProtocolError(f"the connection ended {len(self._buffer)} bytes into a frame")
 
 
-def _body_length(frame: bytes | bytearray | memoryview) -> int:
-    if len(frame) < _HEADER.size:
-        raise ProtocolError(f"a frame of {len(frame)} bytes is shorter than its header")
-    magic, version, length = _HEADER.unpack_from(frame)
+def _body_length(frames: bytes | bytearray | memoryview, start: int = 0) -> int:
+    if len(frames) - start < _HEADER.size:
+        raise ProtocolError(f"a frame of {len(frames) - start} bytes is shorter than its header")
+    magic, version, length = _HEADER.unpack_from(frames, start)
     if magic != _MAGIC:
-        raise ProtocolError(f"a frame that starts with {bytes(magic)!r} is not ours")
+        raise ProtocolError(f"a frame that starts with {magic!r} is not ours")
     if version != VERSION:
         raise ProtocolError(f"the peer speaks version {version} and we speak {VERSION}; both ends must be one release")
     if length > MAX_BODY:
@@ -129,7 +130,7 @@ def _body_length(frame: bytes | bytearray | memoryview) -> int:
     return int(length)
 
 
-def _decode_body(body: bytes | memoryview) -> Message:
+def _decode_body(body: bytes | bytearray | memoryview) -> Message:
     try:
         message: Message = _decoder.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as fault:
