@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+
 import msgspec
 
 from chimera.core.model import ModelSpec
@@ -14,6 +16,20 @@ class Action(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The root of all actions."""
 
     reason: str
+
+
+class RejectCode(enum.StrEnum):
+    """Why a request was turned away, in one word for programs; `reason` says it to people."""
+
+    QUEUE_FULL = "queue_full"
+    QUEUE_TIMEOUT = "queue_timeout"
+    MODEL_NOT_FOUND = "model_not_found"
+    MODEL_NOT_LOADED = "model_not_loaded"
+    """Registered, and the placement gives it no GPU."""
+    MODEL_UNAVAILABLE = "model_unavailable"
+    """Wanted, and it cannot be brought up."""
+    WORKER_LOST = "worker_lost"
+    AGENT_LOST = "agent_lost"
 
 
 class Activate(Action, frozen=True, kw_only=True):

@@ -1,0 +1,638 @@
+"""The dispatcher and the placement: holds each request until a replica of its model serves, and keeps the wanted replicas up.
+
+Owns what is wanted, what every agent was last told, and every request between its arrival and its end. Knows agents by
+name and life, replicas by epoch (which it never invents), requests by their measure. Does not know queues of GPUs, pages,
+or which tokens a client has seen: whatever may have been served partly goes back to its front-end to be brought again.
+
+Invariants: a request is held, or with one place, or gone; one that is held waits for something with a known end; news of a
+life that is over changes nothing.
+
+What control's loop owes beyond the package's contract: `AgentLost` for an old connection before `AgentJoined` from a new one;
+an agent's `Reject` and `Requeue` go through `on`, and what comes back goes to the front-ends; when a front-end is gone, a
+`RequestCancelled` for each of `requests_of(front)`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from chimera.core.gpu import Gpu
+from chimera.core.model import ModelSpec
+from chimera.core.placement import Placement, Seat
+from chimera.core.replica import Epoch, ReplicaId
+from chimera.core.request import Request
+from chimera.core.snapshot import ReplicaView, Snapshot
+from chimera.msg.actions import Abort, Action, Activate, Deactivate, Reject, RejectCode, Requeue, Route, WakeAt
+from chimera.msg.events import (
+    ActivationFailed,
+    AgentJoined,
+    AgentLost,
+    Event,
+    ModelRegistered,
+    ModelRemoved,
+    Outcome,
+    ReplicaReady,
+    ReplicaStopped,
+    RequestArrived,
+    RequestCancelled,
+    RequestFinished,
+    Woke,
+    WorkerLost,
+)
+from chimera.sched.places import QUARANTINE_AFTER, Place, PlaceState, Routed
+from chimera.sched.queues import Fcfs, Queue
+
+ControlInput = Event | Reject | Requeue
+"""What happened, and what agents have decided about requests that were routed to them."""
+
+FIRST_PACE_S = 1.0
+"""Seconds from one end to the next on one replica, until the first has been seen."""
+PACE_MEMORY = 0.9
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How much waiting the dispatcher allows."""
+
+    queue_per_model: int = 1024
+    """Requests of one model that may wait, here and before its replicas."""
+    hold_s: float = 600.0
+    """The longest that a request waits here for a replica, whatever the hope."""
+    agent_absence_s: float = 30.0
+    """How long a lost agent is expected back, and a missing one at the start."""
+
+
+class Orphan(msgspec.Struct, frozen=True, kw_only=True):
+    """An attempt that was running when its agent's connection ended; if the agent lives, it is still running there."""
+
+    request_id: str
+    replica: ReplicaId
+    epoch: Epoch
+
+
+class Agent(msgspec.Struct, kw_only=True):
+    name: str
+    start: int
+    gpus: tuple[Gpu, ...]
+    present: bool = True
+    orphans: list[Orphan] = []
+
+
+class Pace(msgspec.Struct, kw_only=True):
+    """How fast one model's requests end while there is work: what `Retry-After` is computed from."""
+
+    mean_s: float = FIRST_PACE_S
+    """Per replica, between one end and the next."""
+    mark_s: float | None = None
+    """The last end, or when work began after idleness."""
+
+    def begin(self, now: float) -> None:
+        self.mark_s = now
+
+    def end(self, now: float, replicas: int) -> None:
+        if self.mark_s is not None:
+            self.mean_s = PACE_MEMORY * self.mean_s + (1 - PACE_MEMORY) * (now - self.mark_s) * max(1, replicas)
+        self.mark_s = now
+
+
+class Held(msgspec.Struct, frozen=True, kw_only=True):
+    request: Request
+    since_s: float
+
+
+class ControlState(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a `ControlScheduler` remembers."""
+
+    wanted: Placement
+    limits: Limits
+    models: tuple[ModelSpec, ...]
+    agents: tuple[Agent, ...]
+    places: tuple[Place, ...]
+    held: tuple[Held, ...]
+    paces: dict[str, Pace]
+    wake_s: float | None
+
+
+class ControlScheduler:
+    """One for the whole system, under the `static` policy: the wanted placement is the one it was made with."""
+
+    def __init__(self, wanted: Placement, limits: Limits | None = None) -> None:
+        self._wanted = wanted
+        self._limits = limits or Limits()
+        self._models: dict[str, ModelSpec] = {}
+        self._agents: dict[str, Agent] = {}
+        self._places: dict[ReplicaId, Place] = {}
+        self._by_model: dict[str, list[Place]] = {}
+        self._held: dict[str, Queue] = {}
+        self._held_since: OrderedDict[str, Held] = OrderedDict()
+        """All that is held, the longest-held first."""
+        self._where: dict[str, ReplicaId] = {}
+        """The place that a routed request is with."""
+        self._paces: dict[str, Pace] = {}
+        self._timed: set[ReplicaId] = set()
+        """The places with a `due_s`; few, so that no event has to look at all of them."""
+        self._wake_s: float | None = None
+
+    def on(self, event: ControlInput, now: float) -> list[Action]:
+        actions = list(self._decide(event, now))
+        wake = self._next_wake()
+        return actions if wake is None else [*actions, wake]
+
+    def _decide(self, event: ControlInput, now: float) -> Iterable[Action]:
+        match event:
+            case RequestArrived():
+                return self._arrived(event.request, now)
+            case RequestFinished():
+                return self._finished(event, now)
+            case RequestCancelled():
+                return self._cancelled(event.request_id)
+            case Reject() | Requeue():
+                return self._verdict(event)
+            case ReplicaReady():
+                return self._ready(event, now)
+            case ReplicaStopped():
+                return self._life_ended(event.replica, event.epoch, event.reason, now)
+            case ActivationFailed():
+                return self._life_ended(event.replica, event.epoch, event.reason, now, permanent=event.permanent)
+            case WorkerLost():
+                if event.replica is None or event.epoch is None:
+                    return []
+                return self._life_ended(event.replica, event.epoch, event.reason, now)
+            case AgentJoined():
+                return self._agent_joined(event, now)
+            case AgentLost():
+                return self._agent_lost(event, now)
+            case ModelRegistered():
+                return self._registered(event.model, now)
+            case ModelRemoved():
+                return self._removed(event.model, now)
+            case Woke():
+                return self._woke(now)
+            case _:
+                return []
+
+    # What the loop asks.
+
+    def agent_of(self, action: Action) -> str | None:
+        """The agent that an action is for; `None` for those that go to a front-end, or when that agent is gone."""
+        match action:
+            case Route():
+                return action.agent
+            case Activate():
+                return self._owner(action.seat)
+            case Deactivate() | Abort():
+                return None if action.epoch is None else self._agent_in_life(action.epoch)
+            case _:
+                return None
+
+    def requests_of(self, front: str) -> list[str]:
+        """The open requests of a front-end."""
+        held = [h.request.request_id for h in self._held_since.values() if h.request.front == front]
+        routed = [i for place in self._places.values() for i, r in place.routed.items() if r.request.front == front]
+        return [*held, *routed]
+
+    def snapshot(self, now: float) -> Snapshot:
+        return Snapshot(
+            now_s=now,
+            policy="static",
+            gpus=tuple(gpu for agent in self._agents.values() if agent.present for gpu in agent.gpus),
+            models=tuple(self._models.values()),
+            replicas=tuple(
+                ReplicaView(
+                    replica=place.replica,
+                    epoch=place.epoch,
+                    state=place.replica_state,
+                    gpu_ids=place.seat.gpu_ids,
+                    running=min(len(place.routed), place.credits),
+                    queued=place.overflow,
+                    kv_tokens=place.kv_tokens,
+                    since_s=place.since_s,
+                )
+                for place in self._places.values()
+            ),
+            waiting={model: len(queue) for model, queue in self._held.items() if len(queue)},
+        )
+
+    # Requests.
+
+    def _arrived(self, request: Request, now: float) -> list[Action]:
+        if self._is_repeat(request):
+            return []
+        stopped = self._cancelled(request.request_id)
+        refusal = self._refusal(request, now)
+        if refusal is not None:
+            return [*stopped, refusal]
+        place = self._choice(request.model)
+        if place is None:
+            self._hold(request, now)
+            return stopped
+        return [*stopped, self._route(request, place, now)]
+
+    def _is_repeat(self, request: Request) -> bool:
+        held = self._held_since.get(request.request_id)
+        if held is not None:
+            return request.tries <= held.request.tries
+        replica = self._where.get(request.request_id)
+        return replica is not None and request.tries <= self._places[replica].routed[request.request_id].request.tries
+
+    def _refusal(self, request: Request, now: float) -> Reject | None:
+        """Why the request cannot even wait, if so."""
+        model = request.model
+        if model not in self._models:
+            return _reject(request, RejectCode.MODEL_NOT_FOUND, f"no model is registered as {model}")
+        places = self._places_of(model)
+        if not places:
+            reason = f"{model} is registered, and the placement gives it no GPU"
+            return _reject(request, RejectCode.MODEL_NOT_LOADED, reason)
+        if not any(place.promising for place in places):
+            return self._hopeless(request, places, now)
+        ahead = self._ahead(model)
+        if request.tries == 0 and ahead >= self._limits.queue_per_model:
+            serving = sum(place.state is PlaceState.SERVING for place in places)
+            wait_s = self._wait_s(model)
+            reason = f"{ahead} requests for {model} wait already ({serving} replicas, about {wait_s:.1f} s)"
+            return _reject(request, RejectCode.QUEUE_FULL, reason, retry_after_s=wait_s)
+        return None
+
+    def _hopeless(self, request: Request, places: list[Place], now: float) -> Reject:
+        """Nothing that is wanted for this model will serve soon; the likeliest of its places says why."""
+        best = min(places, key=lambda place: (place.state is PlaceState.FAILED, place.due_s or now, place.replica))
+        if best.state is PlaceState.ABSENT:
+            away_s = self._limits.agent_absence_s
+            reason = f"no agent with GPUs {list(best.seat.gpu_ids)} has been here for {away_s:g} s"
+            return _reject(request, RejectCode.AGENT_LOST, reason, retry_after_s=away_s)
+        if best.state is PlaceState.FAILED:
+            return _reject(request, RejectCode.MODEL_UNAVAILABLE, f"{best.replica} cannot be brought up: {best.why}")
+        wait_s = best.retry_after_s(now)
+        reason = f"{best.replica} failed {best.failures} times in a row, the last time because {best.why}"
+        return _reject(request, RejectCode.MODEL_UNAVAILABLE, reason, retry_after_s=wait_s)
+
+    def _ahead(self, model: str) -> int:
+        held = self._held.get(model)
+        return (len(held) if held else 0) + sum(place.overflow for place in self._places_of(model))
+
+    def _wait_s(self, model: str) -> float:
+        """How long one more request of the model would wait: the queue ahead times the pace, over the replicas."""
+        serving = sum(place.state is PlaceState.SERVING for place in self._places_of(model))
+        return (self._ahead(model) + 1) * self._pace(model).mean_s / max(1, serving)
+
+    def _choice(self, model: str) -> Place | None:
+        serving = [place for place in self._places_of(model) if place.state is PlaceState.SERVING]
+        return min(serving, key=lambda place: (len(place.routed), place.replica), default=None)
+
+    def _hold(self, request: Request, now: float) -> None:
+        self._held.setdefault(request.model, Fcfs()).push(request)
+        self._held_since[request.request_id] = Held(request=request, since_s=now)
+
+    def _unhold(self, request_id: str) -> Request | None:
+        held = self._held_since.pop(request_id, None)
+        return None if held is None else self._held[held.request.model].remove(request_id)
+
+    def _route(self, request: Request, place: Place, now: float) -> Route:
+        assert place.agent is not None and place.epoch is not None
+        if not any(p.routed for p in self._places_of(request.model)):
+            self._pace(request.model).begin(now)
+        reason = f"{len(place.routed)} requests before it on {place.replica}, which takes {place.credits} at a time"
+        place.routed[request.request_id] = Routed(request=request, epoch=place.epoch)
+        self._where[request.request_id] = place.replica
+        return Route(request=request, replica=place.replica, agent=place.agent, reason=reason)
+
+    def _route_held(self, model: str, now: float) -> Iterator[Route]:
+        held = self._held.get(model)
+        while held and (place := self._choice(model)) is not None:
+            request = held.pop(now)
+            del self._held_since[request.request_id]
+            yield self._route(request, place, now)
+
+    def _forget(self, request_id: str) -> Routed | None:
+        replica = self._where.pop(request_id, None)
+        return None if replica is None else self._places[replica].routed.pop(request_id)
+
+    def _cancelled(self, request_id: str) -> list[Action]:
+        if self._unhold(request_id) is not None:
+            return []
+        replica = self._where.get(request_id)
+        routed = self._forget(request_id)
+        if replica is None or routed is None:
+            return []
+        return [self._abort(request_id, replica, routed.epoch, "its client left, or it was sent anew")]
+
+    def _abort(self, request_id: str, replica: ReplicaId, epoch: Epoch, reason: str) -> Abort:
+        return Abort(request_id=request_id, replica=replica, epoch=epoch, reason=reason)
+
+    def _finished(self, event: RequestFinished, now: float) -> list[Action]:
+        place = self._places.get(event.replica)
+        routed = None if place is None else place.routed.get(event.request_id)
+        if place is None or routed is None or event.epoch < routed.epoch:
+            return []
+        if event.outcome is Outcome.CANCELLED and routed.request.tries:
+            return []  # Whom we cancel, we forget: this was an older attempt of the request that is there now.
+        self._forget(event.request_id)
+        if event.outcome in (Outcome.STOP, Outcome.LENGTH):
+            serving = sum(p.state is PlaceState.SERVING for p in self._places_of(event.replica.model))
+            self._pace(event.replica.model).end(now, serving)
+            if event.epoch == place.epoch:
+                place.prove()
+        return []
+
+    def _verdict(self, verdict: Reject | Requeue) -> list[Action]:
+        """An agent has given a request up. It is passed on even if unknown: an earlier control may have routed it."""
+        if verdict.request_id in self._held_since:
+            return []  # A newer attempt is here already.
+        self._forget(verdict.request_id)
+        return [verdict]
+
+    # Replicas.
+
+    def _ready(self, event: ReplicaReady, now: float) -> Iterator[Action]:
+        agent = self._agent_in_life(event.epoch)
+        place = self._places.get(event.replica)
+        if agent is None or (place is not None and not place.believes(event.epoch)):
+            return
+        if place is None or place.state is PlaceState.LEAVING or self._owner(place.seat) != agent:
+            if place is not None and place.state is PlaceState.LEAVING:
+                place.epoch = event.epoch
+            yield self._deactivate(event.replica, event.epoch, f"it serves on {agent}, and is not wanted there")
+            return
+        if place.state is PlaceState.SERVING and place.epoch == event.epoch:
+            return
+        place.serve(event.epoch, credits=event.credits, kv_tokens=event.kv_tokens, load_s=event.load_s, now=now)
+        place.agent = agent
+        self._note_due(place)
+        yield from self._route_held(event.replica.model, now)
+
+    def _life_ended(
+        self, replica: ReplicaId, epoch: Epoch, why: str, now: float, *, permanent: bool = False
+    ) -> Iterator[Action]:
+        place = self._places.get(replica)
+        if place is None or place.agent is None or place.agent != self._agent_in_life(epoch) or not place.believes(epoch):
+            return
+        if place.state is PlaceState.LEAVING:
+            yield from self._drop(place, why)
+            yield from self._settle(replica.model, now)
+            return
+        place.end_life(epoch, why, now)
+        if permanent:
+            place.enter(PlaceState.FAILED, now)
+        elif place.failures >= QUARANTINE_AFTER:
+            place.enter(PlaceState.QUARANTINED, now, due_s=now + place.backoff_s)
+        else:
+            after = f"after failure {place.failures} in a row" if place.failures else "after its last life ended"
+            yield self._activate(place, f"it is wanted, {after}: {why}", now)
+        self._note_due(place)
+        if not place.promising:
+            yield from self._abandon(place, now)
+
+    def _activate(self, place: Place, reason: str, now: float) -> Activate:
+        place.enter(PlaceState.LOADING, now)
+        self._note_due(place)
+        return Activate(model=self._models[place.replica.model], seat=place.seat, reason=reason)
+
+    def _deactivate(self, replica: ReplicaId, epoch: Epoch, reason: str) -> Deactivate:
+        model = self._models.get(replica.model)
+        return Deactivate(replica=replica, epoch=epoch, drain_s=model.drain_s if model else 0.0, reason=reason)
+
+    def _abandon(self, place: Place, now: float) -> Iterator[Action]:
+        """Nobody waits for a replica that will not come: elsewhere if there is an elsewhere, else a clear end."""
+        model = place.replica.model
+        for request_id, routed in list(place.routed.items()):
+            self._forget(request_id)
+            yield self._abort(request_id, place.replica, routed.epoch, f"{place.replica} is given up: {place.why}")
+            yield self._refusal(routed.request, now) or _requeue(routed.request, f"{place.replica} is given up: {place.why}")
+        yield from self._refuse_held(model, now)
+
+    def _refuse_held(self, model: str, now: float) -> Iterator[Action]:
+        places = self._places_of(model)
+        if any(place.promising for place in places):
+            return
+        for request in list(self._held.get(model, ())):
+            self._unhold(request.request_id)
+            refusal = self._refusal(request, now)
+            assert refusal is not None
+            yield refusal
+
+    # Models and what is wanted of them.
+
+    def _registered(self, model: ModelSpec, now: float) -> Iterator[Action]:
+        known = self._models.get(model.name)
+        self._models[model.name] = model
+        if known is not None and known != model:
+            for place in self._places_of(model.name):
+                if place.state in (PlaceState.FAILED, PlaceState.QUARANTINED):
+                    place.failures = 0
+                    self._await_agent(place, now)
+        yield from self._settle(model.name, now)
+
+    def _removed(self, model: str, now: float) -> Iterator[Action]:
+        if model not in self._models:
+            return
+        for place in self._places_of(model):
+            if place.state is PlaceState.SERVING and place.epoch is not None:
+                yield self._deactivate(place.replica, place.epoch, f"{model} was removed")
+            if place.state in (PlaceState.SERVING, PlaceState.LOADING):
+                place.enter(PlaceState.LEAVING, now)
+                self._note_due(place)
+        del self._models[model]
+        for place in list(self._places_of(model)):
+            if place.state is not PlaceState.LEAVING:
+                yield from self._drop(place, f"{model} was removed")
+        for request in list(self._held.get(model, ())):
+            self._unhold(request.request_id)
+            yield _reject(request, RejectCode.MODEL_NOT_FOUND, f"{model} was removed while the request waited")
+        self._paces.pop(model, None)
+
+    def _settle(self, model: str, now: float) -> Iterator[Action]:
+        """Makes the places that are wanted for a registered model, and starts those whose agent is here."""
+        if model not in self._models:
+            return
+        for seat in self._wanted.seats:
+            if seat.replica.model == model and seat.replica not in self._places:
+                place = Place(seat=seat, since_s=now)
+                self._list(place)
+                self._await_agent(place, now)
+        yield from self._start_absent(self._places_of(model), now)
+
+    def _list(self, place: Place) -> None:
+        self._places[place.replica] = place
+        self._by_model.setdefault(place.replica.model, []).append(place)
+
+    def _await_agent(self, place: Place, now: float) -> None:
+        place.agent = None
+        place.enter(PlaceState.ABSENT, now, due_s=now + self._limits.agent_absence_s)
+        self._note_due(place)
+
+    def _start_absent(self, places: Iterable[Place], now: float) -> Iterator[Action]:
+        for place in places:
+            agent = self._owner(place.seat)
+            if place.state is PlaceState.ABSENT and agent is not None:
+                place.agent = agent
+                yield self._activate(place, f"the placement wants it on GPUs {list(place.seat.gpu_ids)} of {agent}", now)
+
+    def _drop(self, place: Place, why: str) -> Iterator[Action]:
+        """The place is no more; whoever was still with it is sent back, or told that the model is gone."""
+        for request_id, routed in list(place.routed.items()):
+            self._forget(request_id)
+            yield self._abort(request_id, place.replica, routed.epoch, why)
+            if place.replica.model in self._models:
+                yield _requeue(routed.request, why)
+            else:
+                yield _reject(routed.request, RejectCode.MODEL_NOT_FOUND, f"{place.replica.model} was removed")
+        del self._places[place.replica]
+        self._by_model[place.replica.model].remove(place)
+        self._timed.discard(place.replica)
+
+    # Agents.
+
+    def _agent_joined(self, event: AgentJoined, now: float) -> Iterator[Action]:
+        known = self._agents.get(event.agent)
+        if known is not None:
+            if event.agent_start < known.start or (event.agent_start == known.start and known.present):
+                return
+            if known.present:
+                yield from self._agent_lost(AgentLost(agent=known.name, reason="it came back as a new process"), now)
+        self._agents[event.agent] = Agent(name=event.agent, start=event.agent_start, gpus=event.gpus)
+        if known is not None and known.start == event.agent_start:
+            for orphan in known.orphans:
+                reason = "its agent was away, and it was sent to its front-end meanwhile"
+                yield self._abort(orphan.request_id, orphan.replica, orphan.epoch, reason)
+        yield from self._start_absent(list(self._places.values()), now)
+
+    def _agent_lost(self, event: AgentLost, now: float) -> Iterator[Action]:
+        agent = self._agents.get(event.agent)
+        if agent is None or not agent.present:
+            return
+        agent.present = False
+        for place in [place for place in self._places.values() if place.agent == event.agent]:
+            for request_id, routed in list(place.routed.items()):
+                self._forget(request_id)
+                agent.orphans.append(Orphan(request_id=request_id, replica=place.replica, epoch=routed.epoch))
+                yield _requeue(routed.request, f"the agent serving {place.replica} was lost: {event.reason}")
+            if place.state is PlaceState.LEAVING:
+                yield from self._drop(place, event.reason)
+                yield from self._settle(place.replica.model, now)
+            elif place.state is not PlaceState.FAILED:
+                self._await_agent(place, now)
+
+    def _owner(self, seat: Seat) -> str | None:
+        """The agent that is here and has every GPU of the seat."""
+        wanted = set(seat.gpu_ids)
+        owners = (a.name for a in self._agents.values() if a.present and wanted <= {gpu.gpu_id for gpu in a.gpus})
+        return next(owners, None)
+
+    def _agent_in_life(self, epoch: Epoch) -> str | None:
+        """The agent that is here and minted the epoch in its present life."""
+        return next((a.name for a in self._agents.values() if a.present and a.start == epoch.agent_start), None)
+
+    # Time.
+
+    def _woke(self, now: float) -> Iterator[Action]:
+        self._wake_s = None
+        for replica in sorted(self._timed):
+            place = self._places[replica]
+            if place.due_s is not None and place.due_s <= now:
+                yield from self._due(place, now)
+        while self._held_since:
+            held = next(iter(self._held_since.values()))
+            if held.since_s + self._limits.hold_s > now:
+                break
+            self._unhold(held.request.request_id)
+            reason = f"no replica of {held.request.model} was ready within {self._limits.hold_s:g} s"
+            yield _reject(held.request, RejectCode.QUEUE_TIMEOUT, reason, retry_after_s=self._wait_s(held.request.model))
+
+    def _due(self, place: Place, now: float) -> Iterator[Action]:
+        if place.state is PlaceState.QUARANTINED:
+            yield self._activate(place, f"tried again after {place.failures} failures in a row, the last: {place.why}", now)
+            return
+        place.due_s = None
+        self._note_due(place)
+        yield from self._refuse_held(place.replica.model, now)
+
+    def _note_due(self, place: Place) -> None:
+        if place.due_s is None:
+            self._timed.discard(place.replica)
+        else:
+            self._timed.add(place.replica)
+
+    def _next_wake(self) -> WakeAt | None:
+        dues = [due for replica in self._timed if (due := self._places[replica].due_s) is not None]
+        if self._held_since:
+            dues.append(next(iter(self._held_since.values())).since_s + self._limits.hold_s)
+        soonest = min(dues, default=None)
+        if soonest is None or (self._wake_s is not None and self._wake_s <= soonest):
+            return None  # To be woken too early costs nothing.
+        self._wake_s = soonest
+        return WakeAt(at_s=soonest, reason=f"{len(self._timed)} replicas and {len(self._held_since)} held requests have a term")
+
+    # Small readings.
+
+    def _places_of(self, model: str) -> list[Place]:
+        return self._by_model.get(model, [])
+
+    def _pace(self, model: str) -> Pace:
+        return self._paces.setdefault(model, Pace())
+
+    # Memory.
+
+    def state(self) -> ControlState:
+        state = ControlState(
+            wanted=self._wanted,
+            limits=self._limits,
+            models=tuple(self._models.values()),
+            agents=tuple(self._agents.values()),
+            places=tuple(self._places.values()),
+            held=tuple(self._held_since.values()),
+            paces=self._paces,
+            wake_s=self._wake_s,
+        )
+        return _copy(state)
+
+    @classmethod
+    def from_state(cls, state: ControlState) -> ControlScheduler:
+        state = _copy(state)
+        scheduler = cls(state.wanted, state.limits)
+        scheduler._models = {model.name: model for model in state.models}
+        scheduler._agents = {agent.name: agent for agent in state.agents}
+        scheduler._paces = state.paces
+        scheduler._wake_s = state.wake_s
+        for held in state.held:
+            scheduler._hold(held.request, held.since_s)
+        for place in state.places:
+            scheduler._list(place)
+            scheduler._note_due(place)
+            scheduler._where.update(dict.fromkeys(place.routed, place.replica))
+        return scheduler
+
+    def check(self) -> None:
+        """Raises if an invariant of this module does not hold."""
+        routed = [request_id for place in self._places.values() for request_id in place.routed]
+        assert len(routed) == len(set(routed)) == len(self._where), "a request is with two places, or with none"
+        assert not self._where.keys() & self._held_since.keys(), "a request is held and routed"
+        assert all(i in self._places[replica].routed for i, replica in self._where.items()), "a request is not where it is said"
+        held = [request.request_id for queue in self._held.values() for request in queue]
+        assert sorted(held) == sorted(self._held_since), "the held requests are listed in two ways"
+        for model, queue in self._held.items():
+            places = self._places_of(model)
+            assert not len(queue) or any(p.promising for p in places), f"a request waits for {model}, which will not come"
+            assert not len(queue) or all(p.state is not PlaceState.SERVING for p in places), (
+                f"{model} serves, and is waited for"
+            )
+        for place in self._places.values():
+            assert (place.due_s is not None) == (place.replica in self._timed), f"{place.replica} is due without a time"
+            if place.state is PlaceState.SERVING:
+                assert place.epoch is not None and place.agent == self._agent_in_life(place.epoch), f"{place.replica} is stale"
+            assert place.ended is None or place.epoch is None or place.epoch > place.ended, f"{place.replica} lives twice"
+
+
+def _copy(state: ControlState) -> ControlState:
+    """Through its own written form, so what is remembered is exactly what a log can hold."""
+    return msgspec.json.decode(msgspec.json.encode(state), type=ControlState)
+
+
+def _reject(request: Request, code: RejectCode, reason: str, *, retry_after_s: float | None = None) -> Reject:
+    return Reject(request_id=request.request_id, front=request.front, code=code, retry_after_s=retry_after_s, reason=reason)
+
+
+def _requeue(request: Request, reason: str) -> Requeue:
+    return Requeue(request_id=request.request_id, front=request.front, reason=reason)

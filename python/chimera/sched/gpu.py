@@ -1,0 +1,424 @@
+"""One GPU: which of its waiting requests goes next, and when its replica may take it.
+
+Owns the queue and the credits of every replica whose first rank sits here, and gives each life of a replica its epoch.
+Knows counts and names; does not know what a request says, where its tokens go, or what happens on other GPUs.
+
+Invariants: a request is in one place (a queue, an engine, or behind its own older attempt); the engine of a replica never
+holds more requests than it gave credits; whatever speaks of another epoch than the present one changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from chimera.core.placement import Seat
+from chimera.core.replica import Epoch, ReplicaId, ReplicaState
+from chimera.core.request import Request
+from chimera.msg.actions import Abort, Action, Activate, Admit, Deactivate, Reject, RejectCode, Requeue, Route
+from chimera.msg.events import (
+    ActivationFailed,
+    Event,
+    ReplicaReady,
+    ReplicaStopped,
+    RequestArrived,
+    RequestCancelled,
+    RequestFinished,
+    WorkerLost,
+)
+from chimera.sched.queues import Fcfs, Queue
+
+GpuInput = Event | Activate | Deactivate | Route | Abort
+"""What happened here, and what control wants done."""
+
+
+class Mint:
+    """Makes epochs, each later than all before it. One per agent: a replica may move from GPU to GPU."""
+
+    __slots__ = ("agent_start", "counter")
+
+    def __init__(self, agent_start: int, counter: int = 0) -> None:
+        self.agent_start = agent_start
+        self.counter = counter
+
+    def next(self) -> Epoch:
+        self.counter += 1
+        return Epoch(self.agent_start, self.counter)
+
+
+class Tenant:
+    """A replica on this GPU: its present life, who waits for it, and whom it serves."""
+
+    __slots__ = ("ending", "epoch", "load_s", "queue", "ready", "running", "seat", "state")
+
+    def __init__(self, seat: Seat, epoch: Epoch) -> None:
+        self.seat = seat
+        self.epoch = epoch
+        self.state = ReplicaState.LOADING
+        self.ready: ReplicaReady | None = None
+        self.load_s: float | None = None
+        self.queue: Queue = Fcfs()
+        self.running: dict[str, Request] = {}
+        self.ending: set[str] = set()
+        """Of the running, those the engine was told to stop; it holds them until it says that they have ended."""
+
+    @property
+    def replica(self) -> ReplicaId:
+        return self.seat.replica
+
+    @property
+    def credits(self) -> int:
+        return self.ready.credits if self.ready else 0
+
+    @property
+    def free_credits(self) -> int:
+        return self.credits - len(self.running) if self.state is ReplicaState.SERVING else 0
+
+    def attempt(self, request_id: str) -> int | None:
+        request = self.running.get(request_id) or self.queue.get(request_id)
+        return None if request is None else request.tries
+
+
+class Heir(msgspec.Struct, frozen=True, kw_only=True):
+    """A newer attempt of a request whose older attempt has not left its engine yet."""
+
+    request: Request
+    replica: ReplicaId
+
+
+class TenantState(msgspec.Struct, frozen=True, kw_only=True):
+    seat: Seat
+    epoch: Epoch
+    state: ReplicaState
+    ready: ReplicaReady | None
+    load_s: float | None
+    queued: tuple[Request, ...]
+    running: tuple[Request, ...]
+    ending: tuple[str, ...]
+
+
+class GpuState(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a `GpuScheduler` remembers."""
+
+    gpu_id: int
+    tenants: tuple[TenantState, ...] = ()
+    heirs: tuple[Heir, ...] = ()
+
+
+class GpuScheduler:
+    """Order and admission on one GPU. A tensor-parallel replica belongs to the scheduler of its first GPU."""
+
+    def __init__(self, gpu_id: int, mint: Mint) -> None:
+        self.gpu_id = gpu_id
+        self._mint = mint
+        self._tenants: dict[ReplicaId, Tenant] = {}
+        self._where: dict[str, ReplicaId] = {}
+        """The replica whose queue or engine holds the request."""
+        self._heirs: dict[str, Heir] = {}
+
+    def on(self, event: GpuInput, now: float) -> list[Action]:
+        match event:
+            case RequestFinished():
+                return self._finished(event, now)
+            case Route():
+                return self._arrived(event.request, event.replica, now)
+            case RequestArrived():
+                return self._arrived(event.request, least_loaded(self.tenants(), event.request.model), now)
+            case RequestCancelled() | Abort():
+                return self._cancelled(event.request_id)
+            case Activate():
+                return self._activate(event)
+            case Deactivate():
+                return self._deactivate(event)
+            case ReplicaReady():
+                return self._ready(event, now)
+            case ReplicaStopped():
+                return self._stopped(event, now)
+            case ActivationFailed():
+                return self._not_activated(event, now)
+            case WorkerLost():
+                return self._worker_lost(event, now)
+            case _:
+                return []
+
+    # What a loop or a node asks.
+
+    def knows(self, replica: ReplicaId) -> bool:
+        return replica in self._tenants
+
+    def attempt(self, request_id: str) -> int | None:
+        """Which attempt of the request is here, if any."""
+        if request_id in self._heirs:
+            return self._heirs[request_id].request.tries
+        replica = self._where.get(request_id)
+        return None if replica is None else self._tenants[replica].attempt(request_id)
+
+    def tenants(self) -> Iterator[Tenant]:
+        return iter(self._tenants.values())
+
+    # Replicas.
+
+    def _activate(self, order: Activate) -> list[Action]:
+        tenant = self._tenants.get(order.seat.replica)
+        if tenant is None:
+            tenant = Tenant(order.seat, self._mint.next())
+            self._tenants[tenant.replica] = tenant
+        elif tenant.state is ReplicaState.STOPPED:
+            tenant.seat, tenant.epoch, tenant.state = order.seat, self._mint.next(), ReplicaState.LOADING
+        elif tenant.seat.gpu_ids != order.seat.gpu_ids and tenant.state is not ReplicaState.DRAINING:
+            return self._leave(
+                tenant, order.model.drain_s, f"its seat moves from GPUs {_gpus(tenant.seat)} to {_gpus(order.seat)}"
+            )
+        else:
+            return []
+        waiting = f"; {len(tenant.queue)} requests wait for it" if len(tenant.queue) else ""
+        return [
+            Activate(
+                model=order.model, seat=order.seat, epoch=tenant.epoch, reason=f"{order.reason}; life {tenant.epoch}{waiting}"
+            )
+        ]
+
+    def _deactivate(self, order: Deactivate) -> list[Action]:
+        tenant = self._tenants.get(order.replica)
+        if tenant is None or tenant.epoch != order.epoch or tenant.state is ReplicaState.DRAINING:
+            return []
+        if tenant.state is ReplicaState.STOPPED:
+            return self.evict(tenant.replica, order.reason)
+        return self._leave(tenant, order.drain_s, order.reason)
+
+    def _leave(self, tenant: Tenant, drain_s: float, reason: str) -> list[Action]:
+        tenant.state = ReplicaState.DRAINING
+        return [
+            *self._requeue_waiting(tenant, f"{tenant.replica} leaves GPU {self.gpu_id}: {reason}"),
+            Deactivate(
+                replica=tenant.replica,
+                epoch=tenant.epoch,
+                drain_s=drain_s,
+                reason=f"{reason}; {len(tenant.running)} running requests have {drain_s:g} s to end",
+            ),
+        ]
+
+    def _ready(self, event: ReplicaReady, now: float) -> list[Action]:
+        tenant = self._living(event.replica, event.epoch)
+        if tenant is None or tenant.state is not ReplicaState.LOADING:
+            return []
+        tenant.state, tenant.ready, tenant.load_s = ReplicaState.SERVING, event, event.load_s
+        return self._admit(tenant, now)
+
+    def _stopped(self, event: ReplicaStopped, now: float) -> list[Action]:
+        tenant = self._living(event.replica, event.epoch)
+        if tenant is None:
+            return []
+        reason = f"{tenant.replica} has left GPU {self.gpu_id}: {event.reason}"
+        left, heirs = self._clear_engine(tenant)
+        waiting = self._requeue_waiting(tenant, reason)
+        del self._tenants[tenant.replica]
+        return [*(_requeue(request, reason) for request in left), *waiting, *self._bring(heirs, now)]
+
+    def _not_activated(self, event: ActivationFailed, now: float) -> list[Action]:
+        tenant = self._living(event.replica, event.epoch)
+        return [] if tenant is None else self._lost(tenant, f"{tenant.replica} could not be brought up: {event.reason}", now)
+
+    def _worker_lost(self, event: WorkerLost, now: float) -> list[Action]:
+        if event.replica is None or event.epoch is None:
+            return []
+        tenant = self._living(event.replica, event.epoch)
+        return [] if tenant is None else self._lost(tenant, f"the engine serving this request was lost: {event.reason}", now)
+
+    def _lost(self, tenant: Tenant, reason: str, now: float) -> list[Action]:
+        """This life is over. What the engine held ends here, for its client may have seen tokens; what waits, waits on."""
+        left, heirs = self._clear_engine(tenant)
+        if tenant.state is ReplicaState.DRAINING:
+            del self._tenants[tenant.replica]
+        tenant.state, tenant.ready = ReplicaState.STOPPED, None
+        ended = [
+            Reject(
+                request_id=request.request_id,
+                front=request.front,
+                code=RejectCode.WORKER_LOST,
+                retry_after_s=tenant.load_s,
+                reason=reason,
+            )
+            for request in left
+        ]
+        return [*ended, *self._bring(heirs, now)]
+
+    def _living(self, replica: ReplicaId, epoch: Epoch) -> Tenant | None:
+        """The tenant, if `epoch` is its present life."""
+        tenant = self._tenants.get(replica)
+        if tenant is None or tenant.epoch != epoch or tenant.state is ReplicaState.STOPPED:
+            return None
+        return tenant
+
+    def evict(self, replica: ReplicaId, reason: str) -> list[Action]:
+        """Forgets a tenant that has no life here, and sends its waiting requests back."""
+        tenant = self._tenants[replica]
+        assert tenant.state is ReplicaState.STOPPED, f"{replica} is {tenant.state}"
+        waiting = self._requeue_waiting(tenant, reason)
+        del self._tenants[replica]
+        return waiting
+
+    # Requests.
+
+    def _arrived(self, request: Request, replica: ReplicaId | None, now: float) -> list[Action]:
+        attempt = self.attempt(request.request_id)
+        if attempt is not None and attempt >= request.tries:
+            return []
+        tenant = None if replica is None else self._tenants.get(replica)
+        if tenant is None or tenant.state is ReplicaState.DRAINING:
+            wanted = replica or request.model
+            return [
+                *(self._cancelled(request.request_id) if attempt is not None else []),
+                _requeue(request, f"{wanted} is not on GPU {self.gpu_id}, or is leaving it"),
+            ]
+        if attempt is not None:
+            return self._succeed(request, tenant, now)
+        self._enqueue(request, tenant)
+        return self._admit(tenant, now)
+
+    def _succeed(self, request: Request, tenant: Tenant, now: float) -> list[Action]:
+        """A newer attempt takes the older one's place: two at once would stream to one client."""
+        stopping = self._cancelled(request.request_id)
+        if request.request_id in self._where:
+            self._heirs[request.request_id] = Heir(request=request, replica=tenant.replica)
+            return stopping
+        self._enqueue(request, tenant)
+        return [*stopping, *self._admit(tenant, now)]
+
+    def _cancelled(self, request_id: str) -> list[Action]:
+        self._heirs.pop(request_id, None)
+        replica = self._where.get(request_id)
+        if replica is None:
+            return []
+        tenant = self._tenants[replica]
+        if tenant.queue.remove(request_id) is not None:
+            del self._where[request_id]
+            return []
+        if request_id in tenant.ending:
+            return []
+        tenant.ending.add(request_id)
+        return [
+            Abort(request_id=request_id, replica=replica, epoch=tenant.epoch, reason="its client left, or it was sent anew")
+        ]
+
+    def _finished(self, event: RequestFinished, now: float) -> list[Action]:
+        tenant = self._living(event.replica, event.epoch)
+        if tenant is None or event.request_id not in tenant.running:
+            return []
+        del tenant.running[event.request_id]
+        del self._where[event.request_id]
+        tenant.ending.discard(event.request_id)
+        heir = self._heirs.pop(event.request_id, None)
+        return [*self._bring([heir] if heir else [], now), *self._admit(tenant, now)]
+
+    def _enqueue(self, request: Request, tenant: Tenant) -> None:
+        tenant.queue.push(request)
+        self._where[request.request_id] = tenant.replica
+
+    def _admit(self, tenant: Tenant, now: float) -> list[Action]:
+        """Fills the free credits from the queue."""
+        admitted: list[Action] = []
+        while tenant.free_credits > 0 and len(tenant.queue):
+            request = tenant.queue.pop(now)
+            tenant.running[request.request_id] = request
+            admitted.append(
+                Admit(
+                    request_id=request.request_id,
+                    replica=tenant.replica,
+                    epoch=tenant.epoch,
+                    reason=f"its turn after {max(0.0, now - request.arrived_s):.3f} s: {len(tenant.running)} of "
+                    f"{tenant.credits} credits in use, {len(tenant.queue)} wait",
+                )
+            )
+        return admitted
+
+    def _requeue_waiting(self, tenant: Tenant, reason: str) -> list[Action]:
+        waiting = list(tenant.queue)
+        for request in waiting:
+            tenant.queue.remove(request.request_id)
+            del self._where[request.request_id]
+        heirs = [heir for heir in self._heirs.values() if heir.replica == tenant.replica]
+        for heir in heirs:
+            del self._heirs[heir.request.request_id]
+        return [_requeue(request, reason) for request in (*waiting, *(heir.request for heir in heirs))]
+
+    def _clear_engine(self, tenant: Tenant) -> tuple[list[Request], list[Heir]]:
+        """The engine holds nothing any more. Returns whom it held that somebody still waits for, and the newer attempts."""
+        left = [request for request_id, request in tenant.running.items() if request_id not in tenant.ending]
+        heirs = [self._heirs.pop(request_id) for request_id in tenant.running if request_id in self._heirs]
+        for request_id in tenant.running:
+            del self._where[request_id]
+        tenant.running.clear()
+        tenant.ending.clear()
+        return left, heirs
+
+    def _bring(self, heirs: list[Heir], now: float) -> list[Action]:
+        return [action for heir in heirs for action in self._arrived(heir.request, heir.replica, now)]
+
+    # Memory.
+
+    def state(self) -> GpuState:
+        return GpuState(
+            gpu_id=self.gpu_id,
+            tenants=tuple(
+                TenantState(
+                    seat=t.seat,
+                    epoch=t.epoch,
+                    state=t.state,
+                    ready=t.ready,
+                    load_s=t.load_s,
+                    queued=tuple(t.queue),
+                    running=tuple(t.running.values()),
+                    ending=tuple(sorted(t.ending)),
+                )
+                for t in self._tenants.values()
+            ),
+            heirs=tuple(self._heirs.values()),
+        )
+
+    @classmethod
+    def from_state(cls, state: GpuState, mint: Mint) -> GpuScheduler:
+        scheduler = cls(state.gpu_id, mint)
+        for told in state.tenants:
+            tenant = Tenant(told.seat, told.epoch)
+            tenant.state, tenant.ready, tenant.load_s = told.state, told.ready, told.load_s
+            tenant.running = {request.request_id: request for request in told.running}
+            tenant.ending = set(told.ending)
+            scheduler._tenants[tenant.replica] = tenant
+            scheduler._where.update(dict.fromkeys(tenant.running, tenant.replica))
+            for request in told.queued:
+                scheduler._enqueue(request, tenant)
+        scheduler._heirs = {heir.request.request_id: heir for heir in state.heirs}
+        return scheduler
+
+    def check(self) -> None:
+        """Raises if an invariant of this module does not hold."""
+        found: list[str] = []
+        for replica, tenant in self._tenants.items():
+            held = [*(request.request_id for request in tenant.queue), *tenant.running]
+            found += held
+            assert all(self._where.get(request_id) == replica for request_id in held), f"{replica} holds what is elsewhere"
+            assert len(tenant.running) <= tenant.credits or not tenant.running, f"{replica} runs more than its credits"
+            assert tenant.ending <= tenant.running.keys(), f"{replica} ends what it does not run"
+            assert not (tenant.free_credits > 0 and len(tenant.queue)), f"{replica} keeps a request from a free credit"
+            assert not tenant.running or tenant.ready is not None, f"{replica} runs requests before it was ready"
+            assert tenant.state is not ReplicaState.DRAINING or not len(tenant.queue), f"{replica} queues while it leaves"
+            assert tenant.epoch <= Epoch(self._mint.agent_start, self._mint.counter), f"{replica} has an epoch of the future"
+        assert len(found) == len(set(found)) == len(self._where), "a request is in two places, or in none"
+        assert all(request_id in self._where for request_id in self._heirs), "an attempt waits behind nothing"
+        assert all(heir.replica in self._tenants for heir in self._heirs.values()), "an attempt waits for nobody"
+
+
+def _requeue(request: Request, reason: str) -> Requeue:
+    return Requeue(request_id=request.request_id, front=request.front, reason=reason)
+
+
+def _gpus(seat: Seat) -> str:
+    return "+".join(str(gpu_id) for gpu_id in seat.gpu_ids)
+
+
+def least_loaded(tenants: Iterable[Tenant], model: str) -> ReplicaId | None:
+    """The replica of the model with the fewest requests, for a request whose sender named none."""
+    open_tenants = [t for t in tenants if t.replica.model == model and t.state is not ReplicaState.DRAINING]
+    return min(open_tenants, key=lambda t: (len(t.queue) + len(t.running), t.replica)).replica if open_tenants else None

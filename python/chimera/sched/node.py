@@ -1,0 +1,140 @@
+"""The GPUs of one agent: hands every event to the GPU scheduler that it concerns.
+
+Owns the agent's epochs and the map from replicas and requests to their home GPU; decides nothing else. A tensor-parallel
+replica lives with the scheduler of its first GPU. Knows no worker, no process and no payload.
+
+What the agent's loop owes beyond the package's contract: it carries out the actions of an event (`Reject` and `Requeue`
+go up to control) before it forwards that event, so control hears of every request of a life before it hears of its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from chimera.core.replica import ReplicaId, ReplicaState
+from chimera.core.request import Request
+from chimera.errors import ProtocolError
+from chimera.msg.actions import Abort, Action, Activate, Deactivate, Requeue, Route
+from chimera.msg.events import (
+    ActivationFailed,
+    PagesReturned,
+    PagesWanted,
+    ReplicaReady,
+    ReplicaStopped,
+    RequestArrived,
+    RequestCancelled,
+    RequestFinished,
+    WorkerLost,
+)
+from chimera.sched.gpu import GpuInput, GpuScheduler, GpuState, Mint, Tenant, least_loaded
+
+
+class NodeState(msgspec.Struct, frozen=True, kw_only=True):
+    """All that a `NodeScheduler` remembers."""
+
+    agent: str
+    agent_start: int
+    counter: int
+    gpus: tuple[GpuState, ...]
+
+
+class NodeScheduler:
+    """All GPU schedulers of one agent behind one door."""
+
+    def __init__(self, agent: str, agent_start: int, gpu_ids: Sequence[int]) -> None:
+        self.agent = agent
+        self._mint = Mint(agent_start)
+        self._gpus = {gpu_id: GpuScheduler(gpu_id, self._mint) for gpu_id in gpu_ids}
+
+    def on(self, event: GpuInput, now: float) -> list[Action]:
+        match event:
+            case Activate():
+                return self._activate(event, now)
+            case Route():
+                return self._arrived(event.request, event.replica, now)
+            case RequestArrived():
+                return self._arrived(event.request, least_loaded(self.tenants(), event.request.model), now)
+            case RequestCancelled() | Abort():
+                return self._cancelled(event, now)
+            case (
+                Deactivate()
+                | RequestFinished()
+                | ReplicaReady()
+                | ReplicaStopped()
+                | ActivationFailed()
+                | WorkerLost()
+                | PagesWanted()
+                | PagesReturned()
+            ):
+                home = None if event.replica is None else self._home(event.replica)
+                return [] if home is None else home.on(event, now)
+            case _:
+                return []
+
+    def tenants(self) -> Iterator[Tenant]:
+        """Every replica here, for those who report; not to be changed."""
+        return (tenant for gpu in self._gpus.values() for tenant in gpu.tenants())
+
+    def living(self) -> list[ReplicaReady]:
+        """What the agent says after `AgentJoined` when it meets control again: each replica that serves."""
+        serving = (t.ready for t in self.tenants() if t.state is ReplicaState.SERVING)
+        return [ready for ready in serving if ready is not None]
+
+    def _home(self, replica: ReplicaId) -> GpuScheduler | None:
+        return next((gpu for gpu in self._gpus.values() if gpu.knows(replica)), None)
+
+    def _activate(self, order: Activate, now: float) -> list[Action]:
+        foreign = [gpu_id for gpu_id in order.seat.gpu_ids if gpu_id not in self._gpus]
+        if foreign or not order.seat.gpu_ids:
+            raise ProtocolError(f"{order.seat.replica} was sent to agent {self.agent}, which does not have GPUs {foreign}")
+        target = self._gpus[order.seat.gpu_ids[0]]
+        home = self._home(order.seat.replica)
+        if home is None or home is target:
+            return target.on(order, now)
+        tenant = next(t for t in home.tenants() if t.replica == order.seat.replica)
+        if tenant.state is not ReplicaState.STOPPED:
+            return home.on(order, now)  # It leaves there first; control asks again once it has.
+        waiting = home.evict(tenant.replica, f"{tenant.replica} moves from GPU {home.gpu_id} to GPU {target.gpu_id}")
+        return [*waiting, *target.on(order, now)]
+
+    def _arrived(self, request: Request, replica: ReplicaId | None, now: float) -> list[Action]:
+        holders = [(gpu, gpu.attempt(request.request_id)) for gpu in self._gpus.values()]
+        if any(attempt is not None and attempt >= request.tries for _, attempt in holders):
+            return []
+        target = None if replica is None else self._home(replica)
+        older = [gpu for gpu, attempt in holders if attempt is not None and gpu is not target]
+        actions = [a for gpu in older for a in gpu.on(RequestCancelled(request_id=request.request_id), now)]
+        if target is None or replica is None:
+            reason = f"{replica or request.model} is not on agent {self.agent}"
+            return [*actions, Requeue(request_id=request.request_id, front=request.front, reason=reason)]
+        order = Route(request=request, replica=replica, agent=self.agent, reason="")
+        return [*actions, *target.on(order, now)]
+
+    def _cancelled(self, event: RequestCancelled | Abort, now: float) -> list[Action]:
+        return [action for gpu in self._gpus.values() for action in gpu.on(event, now)]
+
+    def state(self) -> NodeState:
+        return NodeState(
+            agent=self.agent,
+            agent_start=self._mint.agent_start,
+            counter=self._mint.counter,
+            gpus=tuple(gpu.state() for gpu in self._gpus.values()),
+        )
+
+    @classmethod
+    def from_state(cls, state: NodeState) -> NodeScheduler:
+        scheduler = cls(state.agent, state.agent_start, ())
+        scheduler._mint = Mint(state.agent_start, state.counter)
+        scheduler._gpus = {told.gpu_id: GpuScheduler.from_state(told, scheduler._mint) for told in state.gpus}
+        return scheduler
+
+    def check(self) -> None:
+        """Raises if an invariant of this agent's decisions does not hold."""
+        for gpu in self._gpus.values():
+            gpu.check()
+        homes = [tenant.replica for tenant in self.tenants()]
+        assert len(homes) == len(set(homes)), "a replica lives on two GPUs"
+        epochs = [tenant.epoch for tenant in self.tenants()]
+        assert len(epochs) == len(set(epochs)), "two replicas share an epoch"

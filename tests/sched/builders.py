@@ -1,0 +1,116 @@
+"""Small words for the tests of decisions: what the story does not name has a plain value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from chimera.core.gpu import Gpu
+from chimera.core.model import ModelSpec
+from chimera.core.placement import Placement, Seat
+from chimera.core.replica import Epoch, ReplicaId
+from chimera.core.request import Request
+from chimera.msg.actions import Action, Activate, Admit, Deactivate, Reject, Requeue, Route
+from chimera.msg.events import AgentJoined, Outcome, ReplicaReady, RequestArrived, RequestFinished, WorkerLost
+from chimera.units import GIB, MIB
+
+A = TypeVar("A", bound=Action)
+
+
+def gpu(gpu_id: int = 0, *, pages: int = 8) -> Gpu:
+    return Gpu(gpu_id=gpu_id, capacity_bytes=pages * 2 * MIB)
+
+
+def model(name: str, *, tp_size: int = 1, drain_s: float = 5.0) -> ModelSpec:
+    return ModelSpec(
+        name=name,
+        path=f"/models/{name}",
+        tokenizer_path=f"/models/{name}",
+        architecture="TinyForCausalLM",
+        weight_bytes=GIB,
+        kv_bytes_per_token=1024,
+        context_length=4096,
+        tp_size=tp_size,
+        drain_s=drain_s,
+    )
+
+
+def request(request_id: str, name: str = "a", *, at: float = 0.0, tries: int = 0, front: str = "front-0") -> Request:
+    return Request(
+        request_id=request_id, model=name, front=front, prompt_tokens=8, max_tokens=16, arrived_s=at, tries=tries
+    )
+
+
+def arrived(request_id: str, name: str = "a", *, at: float = 0.0, tries: int = 0, front: str = "front-0") -> RequestArrived:
+    return RequestArrived(request=request(request_id, name, at=at, tries=tries, front=front))
+
+
+def routed(request_id: str, replica: ReplicaId, *, at: float = 0.0, tries: int = 0) -> Route:
+    """As control's `Route` comes to an agent."""
+    return Route(request=request(request_id, replica.model, at=at, tries=tries), replica=replica, agent="local", reason="")
+
+
+def seat(name: str, *gpu_ids: int, index: int = 0) -> Seat:
+    return Seat(replica=ReplicaId(name, index), gpu_ids=gpu_ids or (0,))
+
+
+def placement(*seats: Seat) -> Placement:
+    return Placement(seats)
+
+
+def activate(name: str, *gpu_ids: int, index: int = 0) -> Activate:
+    return Activate(model=model(name), seat=seat(name, *gpu_ids, index=index), reason="wanted")
+
+
+def joined(agent: str = "local", *, start: int = 100, gpus: Sequence[int] = (0,)) -> AgentJoined:
+    return AgentJoined(agent=agent, agent_start=start, gpus=tuple(gpu(gpu_id) for gpu_id in gpus))
+
+
+def ready(name: str, epoch: Epoch, *, credits: int = 2, index: int = 0, load_s: float = 0.5) -> ReplicaReady:
+    return ReplicaReady(
+        replica=ReplicaId(name, index), epoch=epoch, credits=credits, kv_tokens=1024, context_length=4096, load_s=load_s
+    )
+
+
+def finished(
+    request_id: str, name: str, epoch: Epoch, *, outcome: Outcome = Outcome.STOP, index: int = 0
+) -> RequestFinished:
+    return RequestFinished(
+        request_id=request_id, replica=ReplicaId(name, index), epoch=epoch, outcome=outcome, output_tokens=4
+    )
+
+
+def worker_lost(name: str, epoch: Epoch, *, index: int = 0) -> WorkerLost:
+    return WorkerLost(worker="w0", reason="killed by signal 9", replica=ReplicaId(name, index), epoch=epoch)
+
+
+def only(kind: type[A], actions: Sequence[Action]) -> A:
+    """The one action there is, which is of this kind."""
+    assert len(actions) == 1 and isinstance(actions[0], kind), actions
+    return actions[0]
+
+
+def of(kind: type[A], actions: Sequence[Action]) -> list[A]:
+    return [action for action in actions if isinstance(action, kind)]
+
+
+def words(actions: Sequence[Action]) -> list[str]:
+    """The actions in short: `Admit x`, `Route x a/0`, `Activate a/0`."""
+    return [_word(action) for action in actions]
+
+
+def _word(action: Action) -> str:
+    name = type(action).__name__
+    match action:
+        case Route():
+            return f"{name} {action.request.request_id} {action.replica}"
+        case Admit() | Requeue():
+            return f"{name} {action.request_id}"
+        case Reject():
+            return f"{name} {action.request_id} {action.code}"
+        case Activate():
+            return f"{name} {action.seat.replica}"
+        case Deactivate():
+            return f"{name} {action.replica}"
+        case _:
+            return f"{name} {getattr(action, 'request_id', '')}".strip()
