@@ -93,7 +93,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class TokenDelta(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True, gc=False):
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What one step made for one request. `outcome` is set on its last delta.
 
     Hundreds are made in every step and none can be part of a cycle, so the collector need not look at them.
