@@ -187,6 +187,10 @@ class ControlScheduler:
             case _:
                 return None
 
+    def holds(self, request_id: str) -> bool:
+        """Whether the request waits here, its payload with the loop."""
+        return request_id in self._held_since
+
     def requests_of(self, front: str) -> list[str]:
         """The open requests of a front-end."""
         held = [h.request.request_id for h in self._held_since.values() if h.request.front == front]

@@ -1,1 +1,4 @@
-"""Frames and sockets between our processes. Knows the message types as data; decides nothing and starts nothing."""
+"""Frames, sockets and vigils between our processes, and the loop they have in common.
+
+Knows the message types as data; decides nothing and starts nothing.
+"""

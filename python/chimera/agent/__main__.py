@@ -1,0 +1,42 @@
+"""`python -m chimera.agent`: one agent's process, from its arguments to its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+
+from chimera.agent.agent import DRAIN_S, Agent
+from chimera.core.gpu import Gpu
+from chimera.wire import process
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="chimera.agent", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True, help="where the sockets are")
+    parser.add_argument("--name", default="local", help="unique among the agents of one control")
+    parser.add_argument("--gpus", type=Path, required=True, help="the node's GPUs, as JSON")
+    parser.add_argument(
+        "--drain-s", type=float, default=DRAIN_S, help="how long requests may take to end when it is told to stop"
+    )
+    parser.add_argument("--decisions", type=Path, help="append every decision to this file")
+    parser.add_argument("--log-level", default="info")
+    arguments = parser.parse_args()
+    process.start_logging(f"agent/{arguments.name}", arguments.log_level)
+    gpus = msgspec.json.decode(arguments.gpus.read_bytes(), type=tuple[Gpu, ...])
+
+    async def live(stop: asyncio.Event) -> None:
+        agent = Agent(name=arguments.name, agent_start=time.time_ns(), gpus=gpus, run_dir=arguments.run_dir)
+        await agent.start()
+        await stop.wait()
+        await agent.stop(arguments.drain_s)
+
+    return process.run(live)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""The agent of one node: feeds the node's scheduler with what control, its workers and the clock say, and carries out what
+it decides.
+
+Owns the payloads of the requests that wait here, the decision log and the one timer. Every decision is the scheduler's;
+every process is the pool's. One loop owns all of it, and nothing is awaited between a decision and its actions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from chimera.agent.pool import Worker, WorkerPool
+from chimera.core.gpu import Gpu
+from chimera.core.replica import Epoch, ReplicaId
+from chimera.errors import ProtocolError
+from chimera.msg import actions, events, stream
+from chimera.msg.actions import Action
+from chimera.sched.gpu import GpuInput
+from chimera.sched.node import NodeScheduler
+from chimera.wire.codec import Message
+from chimera.wire.link import Link
+
+log = logging.getLogger(__name__)
+
+Record = Callable[[float, GpuInput, list[Action]], None]
+"""Where each decision is written down."""
+
+Reported = events.RequestFinished | events.ReplicaReady | events.ReplicaStopped | events.ActivationFailed | events.WorkerLost
+"""The events that control's scheduler hears of too."""
+
+DRAIN_S = 30.0
+
+
+class _Held(msgspec.Struct):
+    """A request that came here; its payload is let go of when its engine gets it."""
+
+    route: actions.Route
+    payload: bytes | None
+
+
+class Agent:
+    def __init__(
+        self,
+        *,
+        name: str,
+        agent_start: int,
+        gpus: tuple[Gpu, ...],
+        run_dir: Path,
+        record: Record | None = None,
+    ) -> None:
+        self.name = name
+        self.scheduler = NodeScheduler(name, agent_start, [gpu.gpu_id for gpu in gpus])
+        self._joined = events.AgentJoined(agent=name, agent_start=agent_start, gpus=gpus)
+        self._record = record
+        self._held: dict[str, _Held] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._pool = WorkerPool(
+            prefix=f"{name}.{agent_start % 10**9:x}",
+            socket=run_dir / f"agent-{name}.sock",
+            parent_socket=run_dir / "parent.sock",
+            on_message=self._worker_says,
+            on_lost=self._worker_lost,
+        )
+        self._control = Link(run_dir / "control.sock", on_open=self._greet_control, on_message=self._control_says)
+
+    async def start(self) -> None:
+        await self._pool.start()
+        self._control.start()
+
+    async def stop(self, drain_s: float = DRAIN_S) -> None:
+        """Let the workers finish what they have, and leave."""
+        await self._pool.stop(drain_s)
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._control.close()
+
+    # What comes in.
+
+    def _greet_control(self) -> None:
+        """A control that is new here, or was away, learns what there is."""
+        self._control.send(stream.Hello(role="agent", name=self.name, pid=os.getpid()))
+        self._control.send(self._joined)
+        for ready in self.scheduler.living():
+            self._control.send(ready)
+
+    def _control_says(self, message: Message) -> None:
+        match message:
+            case actions.Activate() | actions.Deactivate():
+                self._obey(message)
+            case stream.Delivery(route=route, payload=payload):
+                self._accept(route, payload)
+            case actions.Abort(request_id=request_id) | stream.Cancel(request_id=request_id):
+                self._cancel(request_id)
+            case stream.FrontLost(front=front):
+                for request_id in [i for i, held in self._held.items() if held.route.request.front == front]:
+                    self._cancel(request_id)
+            case actions.Pause() | actions.Resume():
+                self._perform(message)
+            case _:
+                log.warning("control says what no agent understands: %s", type(message).__name__)
+
+    def _worker_says(self, worker: Worker, message: Message) -> None:
+        match message:
+            case events.RequestFinished(request_id=request_id):
+                self._forget_admitted(request_id)
+                self._report(message)
+            case events.ReplicaReady():
+                log.info("ready replica=%s worker=%s load_s=%.3f", message.replica, worker.name, message.load_s)
+                self._report(message)
+            case events.ActivationFailed() | events.ReplicaStopped():
+                log.info("empty worker=%s replica=%s reason=%s", worker.name, message.replica, message.reason)
+                self._pool.vacate(worker)
+                self._report(message)
+            case events.PagesWanted() | events.PagesReturned():
+                self._decide(message)
+            case stream.Heartbeat():
+                self._control.send(message)
+            case _:
+                log.warning("worker=%s says what no agent understands: %s", worker.name, type(message).__name__)
+
+    def _worker_lost(self, worker: Worker, reason: str) -> None:
+        log.warning("lost worker=%s replica=%s reason=%s", worker.name, worker.replica, reason)
+        self._report(events.WorkerLost(worker=worker.name, reason=reason, replica=worker.replica, epoch=worker.epoch))
+
+    # Deciding, and telling control.
+
+    def _decide(self, event: GpuInput) -> None:
+        now = time.monotonic()
+        decided = self.scheduler.on(event, now)
+        if self._record is not None:
+            self._record(now, event, decided)
+        for action in decided:
+            self._perform(action)
+
+    def _report(self, event: Reported) -> None:
+        """Control hears of an event after what it has led to: of every end of a request before the end of its replica."""
+        self._decide(event)
+        self._control.send(event)
+
+    def _obey(self, order: actions.Activate | actions.Deactivate) -> None:
+        try:
+            self._decide(order)
+        except ProtocolError as fault:
+            log.error("refused an order of control: %s", fault)
+
+    def _accept(self, route: actions.Route, payload: bytes) -> None:
+        known = self._held.get(route.request.request_id)
+        if known is not None and known.route.request.tries >= route.request.tries:
+            return  # Told twice.
+        self._held[route.request.request_id] = _Held(route, payload)
+        self._decide(route)
+
+    def _cancel(self, request_id: str) -> None:
+        self._held.pop(request_id, None)
+        self._decide(events.RequestCancelled(request_id=request_id))
+
+    def _forget_admitted(self, request_id: str) -> None:
+        """Not one whose payload is still here: then it is an older attempt that has ended."""
+        held = self._held.get(request_id)
+        if held is not None and held.payload is None:
+            del self._held[request_id]
+
+    # Carrying out.
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case actions.Activate():
+                log.info("activate replica=%s gpus=%s reason=%s", action.seat.replica, action.seat.gpu_ids, action.reason)
+                self._pool.employ(action)
+            case actions.Admit():
+                self._submit(action)
+            case actions.Abort():
+                self._tell(action.replica, action.epoch, action)
+            case actions.Deactivate() | actions.Pause() | actions.Resume():
+                log.info("%s replica=%s reason=%s", type(action).__name__.lower(), action.replica, action.reason)
+                self._tell(action.replica, action.epoch, action)
+            case actions.Grant() | actions.Recall():
+                self._tell(action.replica, action.epoch, action)
+            case actions.Reject() | actions.Requeue():
+                self._held.pop(action.request_id, None)
+                self._control.send(action)
+            case actions.WakeAt(at_s=at_s):
+                self._wake_at(at_s)
+            case _:
+                raise TypeError(f"no agent can carry out a {type(action).__name__}")
+
+    def _submit(self, admitted: actions.Admit) -> None:
+        held = self._held.get(admitted.request_id)
+        assert held is not None and held.payload is not None, f"{admitted.request_id} was admitted without its payload"
+        submission = stream.Submit(
+            request_id=admitted.request_id, epoch=admitted.epoch, front=held.route.request.front, payload=held.payload
+        )
+        held.payload = None
+        self._tell(admitted.replica, admitted.epoch, submission)
+
+    def _tell(self, replica: ReplicaId, epoch: Epoch | None, message: Message) -> None:
+        """To the worker in this life of the replica; if there is none, its loss is on the way to the scheduler."""
+        worker = self._pool.holder(replica, epoch)
+        if worker is not None:
+            worker.send(message)
+
+    def _wake_at(self, at_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = max(0.0, at_s - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._decide, events.Woke())

@@ -1,0 +1,196 @@
+"""The node's worker processes: forked from the preloaded parent when one is needed, used again when they are EMPTY, and
+watched until the kernel confirms that they are gone.
+
+Knows processes and connections. Which model goes where is the scheduler's; a worker here only remembers what it was told
+to be.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from chimera.core.replica import Epoch, ReplicaId, WorkerState
+from chimera.msg.actions import Activate
+from chimera.msg.stream import Fork, Forked, Hello, Stop
+from chimera.wire.channel import Channel, Server, serve
+from chimera.wire.codec import Message
+from chimera.wire.link import Link
+from chimera.wire.vigil import Vigil
+
+log = logging.getLogger(__name__)
+
+KILL_AFTER_S = 2.0
+"""How long a worker that was told to leave, and has nothing left to drain, may take to be gone."""
+
+
+class Worker:
+    """One process, from the order to fork it until its exit."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.activation: Activate | None = None
+        """What it was told to be; `None` while it is EMPTY."""
+        self.channel: Channel | None = None
+        """Empty until it has greeted."""
+        self.vigil: Vigil | None = None
+        """Empty until its process id is known."""
+
+    @property
+    def replica(self) -> ReplicaId | None:
+        return None if self.activation is None else self.activation.seat.replica
+
+    @property
+    def epoch(self) -> Epoch | None:
+        return None if self.activation is None else self.activation.epoch
+
+    @property
+    def state(self) -> WorkerState:
+        return WorkerState.EMPTY if self.activation is None else WorkerState.SERVING
+
+    def send(self, message: Message) -> None:
+        if self.channel is not None:
+            self.channel.send(message)
+
+
+class WorkerPool:
+    """`on_message(worker, message)` has what workers say, `on_lost(worker, reason)` comes once for each that is gone."""
+
+    def __init__(
+        self,
+        *,
+        prefix: str,
+        socket: Path,
+        parent_socket: Path,
+        on_message: Callable[[Worker, Message], None],
+        on_lost: Callable[[Worker, str], None],
+    ) -> None:
+        self._prefix = prefix
+        self._socket = socket
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._forked = 0
+        self._workers: dict[str, Worker] = {}
+        self._server: Server | None = None
+        self._stopping = False
+        self._all_gone = asyncio.Event()
+        self._parent = Link(parent_socket, on_open=self._ask_again, on_message=self._parent_says)
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(self._workers.values())
+
+    async def start(self) -> None:
+        self._server = await serve(self._socket, self._greet)
+        self._parent.start()
+
+    def employ(self, activation: Activate) -> None:
+        """Have a worker become `activation`: one that is EMPTY, else a new one as soon as it is there."""
+        worker = next((w for w in self._workers.values() if w.activation is None), None) or self._fork()
+        worker.activation = activation
+        worker.send(activation)
+
+    def holder(self, replica: ReplicaId, epoch: Epoch | None) -> Worker | None:
+        """The worker of this life of the replica."""
+        return next((w for w in self._workers.values() if w.replica == replica and w.epoch == epoch), None)
+
+    def vacate(self, worker: Worker) -> None:
+        """Its replica has left; the process may become another."""
+        worker.activation = None
+
+    async def stop(self, drain_s: float) -> None:
+        """Let every worker drain and leave; what has not left in time is killed. Nothing is left when this returns."""
+        self._stopping = True
+        await self._parent.close()
+        for worker in list(self._workers.values()):
+            if worker.vigil is None:  # its fork is not confirmed: when it greets, it finds nobody and leaves
+                del self._workers[worker.name]
+            worker.send(Stop(drain_s=drain_s))
+        if not await self._gone_within(drain_s + KILL_AFTER_S):
+            for worker in self._workers.values():
+                log.warning("killed worker=%s replica=%s reason=it did not leave in time", worker.name, worker.replica)
+                if worker.vigil is not None:
+                    worker.vigil.signal(signal.SIGKILL)
+            await self._all_gone.wait()
+        if self._server is not None:
+            await self._server.close()
+
+    async def _gone_within(self, patience_s: float) -> bool:
+        if not self._workers:
+            return True
+        self._all_gone.clear()
+        try:
+            await asyncio.wait_for(self._all_gone.wait(), patience_s)
+        except TimeoutError:
+            return False
+        return True
+
+    # Forking.
+
+    def _fork(self) -> Worker:
+        self._forked += 1
+        worker = Worker(f"{self._prefix}.{self._forked}")
+        self._workers[worker.name] = worker
+        self._parent.send(Fork(worker=worker.name, agent_socket=os.fspath(self._socket)))
+        return worker
+
+    def _ask_again(self) -> None:
+        """The parent is there, or there again: what it was asked before it died is asked anew."""
+        for worker in self._workers.values():
+            if worker.vigil is None:
+                self._parent.send(Fork(worker=worker.name, agent_socket=os.fspath(self._socket)))
+
+    def _parent_says(self, message: Message) -> None:
+        if isinstance(message, Forked):
+            worker = self._workers.get(message.worker)
+            if worker is not None:
+                self._watch(worker, message.pid)
+
+    # Watching.
+
+    def _greet(self, channel: Channel) -> None:
+        """Whoever connects says first which worker it is."""
+
+        def first(message: Message) -> None:
+            worker = self._workers.get(message.name) if isinstance(message, Hello) and message.role == "worker" else None
+            if worker is None or worker.channel is not None or not isinstance(message, Hello):
+                log.warning("sent away a stranger said=%r", message)
+                channel.close()
+                return
+            self._take_in(worker, channel, message.pid)
+
+        channel.deliver_to(first)
+
+    def _take_in(self, worker: Worker, channel: Channel, pid: int) -> None:
+        worker.channel = channel
+        self._watch(worker, pid)
+        channel.deliver_to(lambda message: self._on_message(worker, message), lambda _: self._cut_off(worker))
+        log.info("greeted worker=%s pid=%d", worker.name, pid)
+        if worker.activation is not None:
+            worker.send(worker.activation)
+
+    def _watch(self, worker: Worker, pid: int) -> None:
+        if worker.vigil is not None:
+            return
+        try:
+            worker.vigil = Vigil(pid, lambda: self._exited(worker))
+        except ProcessLookupError:
+            asyncio.get_running_loop().call_soon(self._exited, worker)
+
+    def _cut_off(self, worker: Worker) -> None:
+        """A worker that cannot be spoken to is of no use; its exit, not this, is what counts as its loss."""
+        if not self._stopping and worker.vigil is not None:
+            worker.vigil.signal(signal.SIGKILL)
+
+    def _exited(self, worker: Worker) -> None:
+        if self._workers.pop(worker.name, None) is None:
+            return
+        if worker.channel is not None:
+            worker.channel.close()
+        if not self._workers:
+            self._all_gone.set()
+        pid = worker.vigil.pid if worker.vigil is not None else None
+        self._on_lost(worker, "the worker's process has exited" + (f" (pid {pid})" if pid is not None else ""))

@@ -1,0 +1,22 @@
+"""What control is put in charge of: the models, and where they are wanted, as whoever started the system has read them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from chimera.core.model import ModelSpec
+from chimera.core.placement import Placement
+
+
+class Charge(msgspec.Struct, frozen=True, kw_only=True):
+    models: tuple[ModelSpec, ...]
+    wanted: Placement
+
+    def write(self, path: Path) -> None:
+        path.write_bytes(msgspec.json.encode(self))
+
+    @classmethod
+    def read(cls, path: Path) -> Charge:
+        return msgspec.json.decode(path.read_bytes(), type=cls)

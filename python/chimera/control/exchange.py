@@ -1,0 +1,257 @@
+"""Where front-ends and agents meet: feeds the control scheduler with what they say and carries out what it decides.
+
+Owns the connections, the payloads of the requests that are held here, and the one timer. One loop owns all of it, and
+nothing is awaited between a decision and its actions. A front-end is gone when its process is, not when a connection ends:
+it may only be coming back, and its streams go on meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from chimera.control.telemetry import Telemetry
+from chimera.core.model import ModelSpec
+from chimera.core.placement import Placement
+from chimera.msg import actions, events, stream
+from chimera.msg.actions import Action
+from chimera.sched.control import ControlInput, ControlScheduler
+from chimera.wire.channel import Channel, Server, serve
+from chimera.wire.codec import Message
+from chimera.wire.vigil import Vigil
+
+log = logging.getLogger(__name__)
+
+Record = Callable[[float, ControlInput, list[Action]], None]
+"""Where each decision is written down."""
+
+AgentEvent = (
+    events.AgentJoined
+    | events.ReplicaReady
+    | events.ReplicaStopped
+    | events.ActivationFailed
+    | events.WorkerLost
+    | events.RequestFinished
+)
+News = events.ReplicaReady | events.ReplicaStopped | events.ActivationFailed | events.WorkerLost
+"""What command-line clients that stay connected are told."""
+
+
+class _Front:
+    """One front-end process; its channel comes and goes."""
+
+    def __init__(self, name: str, channel: Channel, vigil: Vigil) -> None:
+        self.name = name
+        self.channel = channel
+        self.vigil = vigil
+
+
+class Exchange:
+    def __init__(self, *, models: Iterable[ModelSpec], wanted: Placement, socket: Path, record: Record | None = None) -> None:
+        self.scheduler = ControlScheduler(wanted)
+        self._models = tuple(models)
+        self._socket = socket
+        self._record = record
+        self._server: Server | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._telemetry = Telemetry()
+        self._fronts: dict[str, _Front] = {}
+        self._agents: dict[str, Channel] = {}
+        self._watchers: set[Channel] = set()
+        self._payloads: dict[str, bytes] = {}
+        """Of the requests that were not handed to an agent yet."""
+
+    async def start(self) -> None:
+        for model in self._models:
+            self._decide(events.ModelRegistered(model=model))
+        self._server = await serve(self._socket, self._greet)
+
+    async def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for front in self._fronts.values():
+            front.vigil.close()
+        if self._server is not None:
+            await self._server.close()
+
+    # Who comes and goes.
+
+    def _greet(self, channel: Channel) -> None:
+        """Whoever connects says first who it is."""
+
+        def first(message: Message) -> None:
+            match message:
+                case stream.Hello(role="front"):
+                    self._take_in_front(message, channel)
+                case stream.Hello(role="agent", name=name):
+                    self._take_in_agent(name, channel)
+                case stream.Hello(role="cli"):
+                    self._take_in_watcher(channel)
+                case _:
+                    log.warning("sent away a stranger said=%s", type(message).__name__)
+                    channel.close()
+
+        channel.deliver_to(first)
+
+    def _take_in_front(self, hello: stream.Hello, channel: Channel) -> None:
+        known = self._fronts.get(hello.name)
+        if known is not None and known.vigil.pid == hello.pid:
+            known.channel.close()
+            known.channel = channel
+        else:
+            if known is not None:
+                self._front_gone(known)
+            try:
+                vigil = Vigil(hello.pid, lambda: self._front_gone(front))
+            except ProcessLookupError:
+                channel.close()
+                return
+            front = _Front(hello.name, channel, vigil)
+            self._fronts[hello.name] = front
+        channel.deliver_to(lambda message: self._front_says(hello.name, channel, message))
+        for model in self._models:
+            channel.send(events.ModelRegistered(model=model))
+        log.info("front-end %s is here pid=%d", hello.name, hello.pid)
+
+    def _front_gone(self, front: _Front) -> None:
+        """Its clients are gone with it: whatever ran or waited for them is called off, here and at the agents."""
+        front.vigil.close()
+        front.channel.close()
+        if self._fronts.get(front.name) is front:
+            del self._fronts[front.name]
+        open_requests = self.scheduler.requests_of(front.name)
+        log.warning("front-end %s is gone requests=%d", front.name, len(open_requests))
+        for request_id in open_requests:
+            self._payloads.pop(request_id, None)
+            self._decide(events.RequestCancelled(request_id=request_id))
+        for agent in self._agents.values():  # they may have requests that came through an earlier control
+            agent.send(stream.FrontLost(front=front.name))
+
+    def _take_in_agent(self, name: str, channel: Channel) -> None:
+        known = self._agents.get(name)
+        if known is not None:
+            self._agent_gone(name, known, "it has connected anew")
+        self._agents[name] = channel
+        channel.deliver_to(
+            lambda message: self._agent_says(name, channel, message),
+            lambda fault: self._agent_gone(name, channel, str(fault or "its connection has ended")),
+        )
+        log.info("agent %s is here", name)
+
+    def _agent_gone(self, name: str, channel: Channel, reason: str) -> None:
+        if self._agents.get(name) is not channel:
+            return
+        del self._agents[name]
+        channel.close()
+        log.warning("agent %s is gone reason=%s", name, reason)
+        self._decide(events.AgentLost(agent=name, reason=reason))
+
+    def _take_in_watcher(self, channel: Channel) -> None:
+        self._watchers.add(channel)
+        channel.deliver_to(lambda message: self._watcher_says(channel, message), lambda _: self._watchers.discard(channel))
+
+    # What they say.
+
+    def _front_says(self, name: str, channel: Channel, message: Message) -> None:
+        match message:
+            case stream.Enqueue(request=request, payload=payload):
+                self._payloads[request.request_id] = payload
+                self._decide(events.RequestArrived(request=request))
+                if not self.scheduler.holds(request.request_id):
+                    self._payloads.pop(request.request_id, None)  # told twice: an agent has it
+            case stream.Cancel(request_id=request_id):
+                self._cancel(message, request_id)
+            case stream.SnapshotWanted():
+                channel.send(self._snapshot())
+            case _:
+                log.warning("front-end %s says what control does not understand: %s", name, type(message).__name__)
+
+    def _agent_says(self, name: str, channel: Channel, message: Message) -> None:
+        if self._agents.get(name) is not channel:
+            return  # From a connection that was given up for a newer one.
+        match message:
+            case (
+                events.AgentJoined()
+                | events.ReplicaReady()
+                | events.ReplicaStopped()
+                | events.ActivationFailed()
+                | events.WorkerLost()
+                | events.RequestFinished()
+                | actions.Reject()
+                | actions.Requeue()
+            ):
+                self._decide(message)
+            case stream.Heartbeat():
+                self._telemetry.note(message)
+            case _:
+                log.warning("agent %s says what control does not understand: %s", name, type(message).__name__)
+        if isinstance(message, News):
+            for watcher in self._watchers:
+                watcher.send(message)
+
+    def _watcher_says(self, channel: Channel, message: Message) -> None:
+        if isinstance(message, stream.SnapshotWanted):
+            channel.send(self._snapshot())
+
+    def _cancel(self, cancel: stream.Cancel, request_id: str) -> None:
+        self._payloads.pop(request_id, None)
+        decided = self._decide(events.RequestCancelled(request_id=request_id))
+        if not decided:
+            # Unknown here: an earlier control may have routed it. Who does not have it ignores this.
+            for agent in self._agents.values():
+                agent.send(cancel)
+
+    def _snapshot(self) -> stream.SnapshotTaken:
+        return stream.SnapshotTaken(snapshot=self._telemetry.overlay(self.scheduler.snapshot(time.monotonic())))
+
+    # Deciding and carrying out.
+
+    def _decide(self, event: ControlInput) -> list[Action]:
+        now = time.monotonic()
+        decided = self.scheduler.on(event, now)
+        if self._record is not None:
+            self._record(now, event, decided)
+        for action in decided:
+            self._perform(action)
+        return decided
+
+    def _perform(self, action: Action) -> None:
+        match action:
+            case actions.Route(request=request):
+                delivery = stream.Delivery(route=action, payload=self._payloads.pop(request.request_id))
+                self._tell_agent(action, delivery)
+            case actions.Activate():
+                log.info("activate replica=%s gpus=%s reason=%s", action.seat.replica, action.seat.gpu_ids, action.reason)
+                self._tell_agent(action, action)
+            case actions.Deactivate():
+                log.info("deactivate replica=%s reason=%s", action.replica, action.reason)
+                self._tell_agent(action, action)
+            case actions.Abort():
+                self._tell_agent(action, action)
+            case actions.Reject(request_id=request_id, front=front) | actions.Requeue(request_id=request_id, front=front):
+                self._payloads.pop(request_id, None)
+                self._tell_front(front, action)
+            case actions.WakeAt(at_s=at_s):
+                self._wake_at(at_s)
+            case _:
+                raise TypeError(f"control cannot carry out a {type(action).__name__}")
+
+    def _tell_agent(self, action: Action, message: Message) -> None:
+        agent = self.scheduler.agent_of(action)
+        channel = None if agent is None else self._agents.get(agent)
+        if channel is not None:  # else its loss is on the way to the scheduler
+            channel.send(message)
+
+    def _tell_front(self, front: str, message: Message) -> None:
+        known = self._fronts.get(front)
+        if known is not None:  # else it is away, and brings again what was not answered
+            known.channel.send(message)
+
+    def _wake_at(self, at_s: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        delay_s = max(0.0, at_s - time.monotonic())
+        self._timer = asyncio.get_running_loop().call_later(delay_s, self._decide, events.Woke())

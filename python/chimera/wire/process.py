@@ -1,0 +1,66 @@
+"""What every process of ours that lives in an event loop does alike: end in order on SIGTERM, and end at once, with a
+report, at the first error that nobody expected. Knows nothing of what the process is for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+def start_logging(name: str, level: str) -> None:
+    """To standard error, each line under the name of its process."""
+    logging.basicConfig(level=level.upper(), format=f"%(asctime)s %(levelname).1s {name} %(name)s: %(message)s")
+
+
+def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+    """Run `main(stop)` to its end; `stop` is set by SIGTERM. Returns the exit status.
+
+    An exception in a callback ends the process too: its state can no longer be trusted, and it is started again.
+    """
+    with asyncio.Runner(loop_factory=_fast_loop()) as runner:
+        return runner.run(_guarded(main))
+
+
+async def _guarded(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    broken: asyncio.Future[int] = loop.create_future()
+
+    def on_error(_: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        cause = context.get("exception")
+        if cause is None or isinstance(cause, OSError):  # the world's doing, not ours: a full table of files, a peer's reset
+            _log.error("%s: %s", context["message"], cause)
+            return
+        _log.critical("%s", context["message"], exc_info=cause)
+        if not broken.done():
+            broken.set_result(1)
+
+    loop.set_exception_handler(on_error)
+    task: asyncio.Future[None] = asyncio.ensure_future(main(stop))
+    either: tuple[asyncio.Future[Any], ...] = (task, broken)
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+    if not task.done():
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        return broken.result()
+    task.result()
+    return 0
+
+
+def _fast_loop() -> Callable[[], asyncio.AbstractEventLoop] | None:
+    try:
+        import uvloop
+    except ImportError:  # everything works without it, a little slower
+        return None
+    make: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return make
