@@ -36,9 +36,7 @@ def model(name: str, *, tp_size: int = 1, drain_s: float = 5.0) -> ModelSpec:
 
 
 def request(request_id: str, name: str = "a", *, at: float = 0.0, tries: int = 0, front: str = "front-0") -> Request:
-    return Request(
-        request_id=request_id, model=name, front=front, prompt_tokens=8, max_tokens=16, arrived_s=at, tries=tries
-    )
+    return Request(request_id=request_id, model=name, front=front, prompt_tokens=8, max_tokens=16, arrived_s=at, tries=tries)
 
 
 def arrived(request_id: str, name: str = "a", *, at: float = 0.0, tries: int = 0, front: str = "front-0") -> RequestArrived:
@@ -72,12 +70,8 @@ def ready(name: str, epoch: Epoch, *, credits: int = 2, index: int = 0, load_s: 
     )
 
 
-def finished(
-    request_id: str, name: str, epoch: Epoch, *, outcome: Outcome = Outcome.STOP, index: int = 0
-) -> RequestFinished:
-    return RequestFinished(
-        request_id=request_id, replica=ReplicaId(name, index), epoch=epoch, outcome=outcome, output_tokens=4
-    )
+def finished(request_id: str, name: str, epoch: Epoch, *, outcome: Outcome = Outcome.STOP, index: int = 0) -> RequestFinished:
+    return RequestFinished(request_id=request_id, replica=ReplicaId(name, index), epoch=epoch, outcome=outcome, output_tokens=4)
 
 
 def worker_lost(name: str, epoch: Epoch, *, index: int = 0) -> WorkerLost:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.msg.actions import Abort, Action, Activate, Deactivate, Reject, RejectCode
 from chimera.msg.events import ActivationFailed, Outcome, ReplicaStopped, RequestCancelled, Woke
 from chimera.sched.gpu import GpuInput, GpuScheduler, Mint
+
 from tests.sched.builders import activate, finished, of, only, ready, routed, words, worker_lost
 
 A = ReplicaId("a")
