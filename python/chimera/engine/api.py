@@ -1,0 +1,90 @@
+"""What every engine can do, in the words of the worker that holds it.
+
+An engine owns the step loop while it serves, because real engines do. Once a step it asks its `Post` for orders and
+hands it the tokens it made. It knows no agent, no front-end and no epoch; it never waits for anybody but its post.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from chimera.core.model import ModelSpec
+from chimera.errors import ChimeraError
+from chimera.msg.stream import Payload, TokenDelta
+
+
+class Submission(msgspec.Struct, frozen=True):
+    request_id: str
+    payload: Payload
+
+
+class Withdrawal(msgspec.Struct, frozen=True):
+    """Stop this request; nothing more is said of it."""
+
+    request_id: str
+
+
+class Limit(msgspec.Struct, frozen=True):
+    """Use at most this many KV slots."""
+
+    kv_tokens: int
+
+
+Order = Submission | Withdrawal | Limit
+
+
+class Leave(Exception):
+    """Raised by `Post.collect`: `Engine.serve` ends with it."""
+
+
+class CannotServe(ChimeraError):
+    """The model does not come up on this engine. `permanent`: trying again is no use."""
+
+    def __init__(self, reason: str, *, permanent: bool) -> None:
+        self.permanent = permanent
+        super().__init__(reason)
+
+
+class Vitals(msgspec.Struct, frozen=True, kw_only=True):
+    """What a model has once it is up."""
+
+    credits: int
+    """Requests the engine takes at a time."""
+    kv_tokens: int
+    context_length: int
+
+
+class Stats(msgspec.Struct, frozen=True, kw_only=True):
+    running: int = 0
+    queued: int = 0
+    kv_tokens: int = 0
+    kv_used_tokens: int = 0
+
+
+class Post(Protocol):
+    """The worker's side: where orders come from and tokens go."""
+
+    def collect(self, wait_s: float | None) -> Sequence[Order]:
+        """The orders that have come; with none there, waits up to `wait_s` (`None`: until there is one, 0: not at all)."""
+
+    def deliver(self, deltas: list[TokenDelta]) -> None:
+        """The tokens of one step. A delta with an outcome is its request's last."""
+
+    def fail(self, request_id: str, code: str, message: str) -> None:
+        """The engine itself gives the request up; nothing more is said of it."""
+
+
+class Engine(Protocol):
+    def activate(self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None) -> Vitals:
+        """Bring the model up with so much KV memory per GPU (`None`: the engine's own choice). Raises `CannotServe`."""
+
+    def serve(self, post: Post) -> None:
+        """Step without end; `Leave`, raised by `post.collect`, passes through to the caller."""
+
+    def stats(self) -> Stats: ...
+
+    def deactivate(self) -> None:
+        """Forget the model; the process is empty again."""

@@ -1,0 +1,54 @@
+"""Everything slow about an engine that does not depend on a model, done once in the process that workers fork from."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+from collections.abc import Callable
+
+from chimera.engine.api import CannotServe, Engine
+
+log = logging.getLogger(__name__)
+
+NAMES = ("sglang", "simulated")
+
+
+def preload(name: str) -> Callable[[], Engine]:
+    """Import engine `name`; returns how a forked worker makes its own. Must not touch a device: forks could not use it."""
+    make: Callable[[], Engine]
+    match name:
+        case "simulated":
+            from chimera.engine.simulated import SimulatedEngine as make
+        case "sglang":
+            make = _preload_sglang()
+        case _:
+            raise CannotServe(f"there is no engine called {name!r}; there are {', '.join(NAMES)}", permanent=True)
+    # What is imported now is never garbage: children neither scan it nor unshare its pages by scanning.
+    gc.collect()
+    gc.freeze()
+    return make
+
+
+def _preload_sglang() -> Callable[[], Engine]:
+    from chimera.engine.sglang import standins, versions
+
+    versions.require_supported()
+    standins.install()
+    import torch
+
+    if not torch.accelerator.is_available():
+        # Many workers share few cores; a pool of threads each would only take turns. Set before the first operation,
+        # so that no thread exists when workers are forked.
+        torch.set_num_threads(1)
+    import sglang.srt.models.registry  # noqa: F401 - imports every architecture
+    from sglang.srt.plugins import load_plugins
+
+    from chimera.engine.sglang.engine import SglangEngine
+
+    load_plugins()
+    if torch.cuda.is_initialized():
+        raise CannotServe("importing SGLang has initialised CUDA, and a forked worker could not use it", permanent=True)
+    if threading.active_count() > 1:
+        log.warning("threads alive before the first fork: %s", ", ".join(t.name for t in threading.enumerate()))
+    return SglangEngine

@@ -1,0 +1,166 @@
+"""Stock SGLang's scheduler, built in this process for one model after another.
+
+SGLang says of its process-wide settings that a later publication wins, "which is what lets one process rebuild an engine
+after shutting the previous one down"; that is what happens here. The scheduler is subclassed in one place, where it
+would open sockets.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
+from sglang.srt.managers import scheduler as scheduler_module
+from sglang.srt.runtime_context import publish, reset_context
+from sglang.srt.server_args import PortArgs, ServerArgs
+from sglang.srt.utils.watchdog import Watchdog
+
+from chimera.core.model import ModelSpec
+from chimera.engine.api import CannotServe, Post, Stats, Vitals
+from chimera.engine.sglang.arguments import server_arguments
+from chimera.engine.sglang.mailbox import Mailbox
+
+log = logging.getLogger(__name__)
+
+
+class _Mailboxed(scheduler_module.Scheduler):  # type: ignore[misc]
+    """SGLang's scheduler with a mailbox where its sockets would be."""
+
+    mailbox: Mailbox
+
+    def init_ipc_channels(self, port_args: PortArgs) -> None:
+        later = _Later()
+        self.ipc_channels = SimpleNamespace(
+            recv_from_tokenizer=later,
+            recv_from_rpc=_Silent(),
+            send_to_tokenizer=later,
+            send_to_detokenizer=later,
+            send_metrics_from_scheduler=None,
+        )
+        self.later = later
+        self.recv_from_tokenizer = later
+        self.load_snapshot_writer = None
+
+    def init_soft_watchdog(self) -> None:
+        """None: its thread would hold the scheduler for ever, and would kill our parent process when a step is slow."""
+
+    def init_watch_dog_memory_saver_input_blocker(self) -> None:
+        """As SGLang's own, with its watchdog left out: the agent watches over workers."""
+        watchdog = scheduler_module.create_scheduler_watchdog
+        scheduler_module.create_scheduler_watchdog = lambda scheduler, **settings: Watchdog.create(
+            debug_name="none", watchdog_timeout=None
+        )
+        try:
+            super().init_watch_dog_memory_saver_input_blocker()
+        finally:
+            scheduler_module.create_scheduler_watchdog = watchdog
+
+
+class _Later:
+    """A mailbox that SGLang may hold on to before there is anybody to deliver to."""
+
+    mailbox: Mailbox | None = None
+
+    def recv(self, flags: int = 0) -> bytes:
+        assert self.mailbox is not None, "steps are taken only inside serve()"
+        return self.mailbox.recv(flags)
+
+    def recv_pyobj(self, flags: int = 0) -> Any:
+        assert self.mailbox is not None, "steps are taken only inside serve()"
+        return self.mailbox.recv_pyobj(flags)
+
+    def send_output(self, output: Any, recv_obj: object = None) -> None:
+        if self.mailbox is not None:
+            self.mailbox.send_output(output, recv_obj)
+
+
+class _Silent:
+    """A socket on which nothing ever comes."""
+
+    def recv(self, flags: int = 0) -> bytes:
+        import zmq
+
+        raise zmq.Again
+
+    recv_pyobj = recv
+
+
+class SglangEngine:
+    def __init__(self) -> None:
+        self._on_cpu = not torch.accelerator.is_available()
+        self._scheduler: _Mailboxed | None = None
+
+    def activate(self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None) -> Vitals:
+        if len(gpu_ids) > 1:
+            raise CannotServe(
+                "a model over several GPUs needs a gang of workers, which this release cannot form", permanent=True
+            )
+        started = time.perf_counter()
+        try:
+            arguments = ServerArgs(**server_arguments(model, on_cpu=self._on_cpu, kv_bytes=kv_bytes))
+        except (TypeError, ValueError, AssertionError, OSError) as fault:
+            raise CannotServe(f"SGLang does not accept the model's arguments: {fault}", permanent=True) from fault
+        publish(arguments, role="scheduler")
+        device = 0 if self._on_cpu else gpu_ids[0]
+        try:
+            self._scheduler = _Mailboxed(arguments, PortArgs.init_new(arguments), device, 0, 0, 0, 0, 0, None)
+        except (ValueError, KeyError, OSError, RuntimeError, AssertionError, NotImplementedError, AttributeError) as fault:
+            log.debug("what SGLang said", exc_info=True)
+            _forget_process_state()
+            raise CannotServe(f"SGLang could not build the model: {type(fault).__name__}: {fault}", permanent=True) from fault
+        log.info("built model=%s seconds=%.3f", model.name, time.perf_counter() - started)
+        return Vitals(
+            credits=self._scheduler.max_running_requests,
+            kv_tokens=self._scheduler.max_total_num_tokens,
+            context_length=self._scheduler.model_config.context_len,
+        )
+
+    def serve(self, post: Post) -> None:
+        scheduler = self._require()
+        scheduler.later.mailbox = Mailbox(post, idle=scheduler.is_fully_idle, set_limit=self._set_limit)
+        try:
+            scheduler.run_event_loop()
+        finally:
+            scheduler.later.mailbox = None
+
+    def stats(self) -> Stats:
+        scheduler = self._require()
+        allocator = scheduler.token_to_kv_pool_allocator
+        total = scheduler.max_total_num_tokens
+        free = allocator.available_size() + scheduler.tree_cache.evictable_size()
+        return Stats(
+            running=len(scheduler.running_batch.reqs),
+            queued=len(scheduler.waiting_queue),
+            kv_tokens=total,
+            kv_used_tokens=total - free,
+        )
+
+    def deactivate(self) -> None:
+        scheduler, self._scheduler = self._scheduler, None
+        if scheduler is None:
+            return
+        release = getattr(scheduler, "release_host_resources", None)
+        if release is not None:
+            release()
+        _forget_process_state()
+        del scheduler
+        gc.collect()
+
+    def _require(self) -> _Mailboxed:
+        assert self._scheduler is not None, "the worker activates before it serves"
+        return self._scheduler
+
+    def _set_limit(self, kv_tokens: int) -> None:
+        raise NotImplementedError("a fixed pool has no limit to move")
+
+
+def _forget_process_state() -> None:
+    """SGLang's process groups, settings and tables outlive its scheduler; the next model makes its own."""
+    destroy_model_parallel()
+    destroy_distributed_environment()
+    reset_context()

@@ -1,0 +1,151 @@
+"""What takes the place of SGLang's sockets: orders become its requests on one side, its batches our deltas on the other.
+
+SGLang's scheduler reads a socket until it is empty and writes its output to another. Both are objects it is given, so
+it is given these. The order of things stays SGLang's own: one look at the post per step, before the step.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import zmq
+from sglang.srt.managers import io_struct
+from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, TokenizedGenerateReqInput
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from chimera.engine.api import Limit, Order, Post, Submission, Withdrawal
+from chimera.msg.events import Outcome
+from chimera.msg.stream import Sampling, TokenDelta, TokenLogprobs
+
+_ENDINGS = {"stop": Outcome.STOP, "length": Outcome.LENGTH}
+
+
+class Mailbox:
+    """One model's requests in this process, from their submission to their last token."""
+
+    def __init__(self, post: Post, *, idle: Callable[[], bool], set_limit: Callable[[int], None]) -> None:
+        self._post = post
+        self._idle = idle
+        self._set_limit = set_limit
+        self._incoming: deque[Any] = deque()
+        self._open: dict[str, int] = {}
+        """Request id → log-probability alternatives wanted, -1 for none."""
+
+    # As the socket that SGLang reads. Which of the two it calls depends on its own IPC setting.
+
+    def recv(self, flags: int = 0) -> bytes:
+        encoded: bytes = io_struct.msgpack_encode(self.recv_pyobj(flags))
+        return encoded
+
+    def recv_pyobj(self, flags: int = 0) -> Any:
+        if not self._incoming:
+            # With nothing open and SGLang's own queues empty, sleeping here is the whole cost of an idle worker.
+            wait_s = None if not self._open and self._idle() else 0.0
+            for order in self._post.collect(wait_s):
+                self._take(order)
+        if not self._incoming:
+            raise zmq.Again
+        return self._incoming.popleft()
+
+    def _take(self, order: Order) -> None:
+        match order:
+            case Submission(request_id, payload):
+                self._open[request_id] = -1 if payload.logprobs is None else payload.logprobs
+                self._incoming.append(_generate_request(order))
+            case Withdrawal(request_id):
+                if self._open.pop(request_id, None) is not None:
+                    self._incoming.append(AbortReq(rid=request_id))
+            case Limit(kv_tokens):
+                self._set_limit(kv_tokens)
+
+    # As the sender that SGLang hands its batches to.
+
+    def send_output(self, output: Any, recv_obj: object = None) -> None:
+        if isinstance(output, BatchTokenIDOutput):
+            deltas = list(self._deltas(output))
+            if deltas:
+                self._post.deliver(deltas)
+        elif isinstance(output, AbortReq) and output.rid in self._open:
+            # Thrown out of SGLang's waiting queue, not asked for by us.
+            self._give_up(output.rid, output.finished_reason)
+
+    def _deltas(self, batch: BatchTokenIDOutput) -> Iterator[TokenDelta]:
+        for i, request_id in enumerate(batch.rids):
+            alternatives = self._open.get(request_id)
+            if alternatives is None:
+                continue  # withdrawn while the step ran
+            reason = batch.finished_reasons[i]
+            if reason is not None and reason["type"] == "abort":
+                self._give_up(request_id, reason)
+                continue
+            outcome = matched = None
+            if reason is not None:
+                outcome = _ENDINGS[reason["type"]]
+                matched = reason.get("matched")
+                del self._open[request_id]
+            yield TokenDelta(
+                request_id,
+                list(batch.output_ids[i]),
+                outcome,
+                cached_tokens=batch.cached_tokens[i],
+                matched_stop=matched if isinstance(matched, int) else None,
+                logprobs=_logprobs(batch, i, alternatives) if alternatives >= 0 else None,
+            )
+
+    def _give_up(self, request_id: str, reason: dict[str, Any] | None) -> None:
+        del self._open[request_id]
+        message = (reason or {}).get("message") or "the engine gave the request up"
+        status = (reason or {}).get("status_code")
+        code = "bad_request" if status == 400 else "engine_failure"
+        self._post.fail(request_id, code, str(message))
+
+
+def _generate_request(submission: Submission) -> TokenizedGenerateReqInput:
+    payload = submission.payload
+    return TokenizedGenerateReqInput(
+        rid=submission.request_id,
+        input_text="",
+        input_ids=array("q", payload.input_ids),
+        input_embeds=None,
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=_sampling_params(payload.sampling),
+        return_logprob=payload.logprobs is not None,
+        logprob_start_len=-1,
+        top_logprobs_num=payload.logprobs or 0,
+        token_ids_logprob=None,
+        stream=True,
+    )
+
+
+def _sampling_params(sampling: Sampling) -> SamplingParams:
+    params = SamplingParams(
+        max_new_tokens=sampling.max_new_tokens,
+        min_new_tokens=sampling.min_new_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        min_p=sampling.min_p,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        repetition_penalty=sampling.repetition_penalty,
+        stop_token_ids=set(sampling.stop_token_ids) or None,
+        ignore_eos=sampling.ignore_eos,
+        sampling_seed=sampling.seed,
+    )
+    params.normalize(None)
+    return params
+
+
+def _logprobs(batch: BatchTokenIDOutput, i: int, alternatives: int) -> list[TokenLogprobs]:
+    values, ids = batch.output_token_logprobs_val[i], batch.output_token_logprobs_idx[i]
+    if not alternatives:
+        return [TokenLogprobs(int(token), float(value)) for token, value in zip(ids, values, strict=True)]
+    tops = zip(batch.output_top_logprobs_idx[i], batch.output_top_logprobs_val[i], strict=True)
+    return [
+        TokenLogprobs(int(token), float(value), tuple(zip(map(int, top_ids), map(float, top_values), strict=True)))
+        for token, value, (top_ids, top_values) in zip(ids, values, tops, strict=True)
+    ]

@@ -1,0 +1,130 @@
+"""An engine without a model: tokens by a seeded rule, time by a cost table, the same protocol as a real one.
+
+For tests, for load tests of everything above an engine, and for machines with nothing to run. Continuous batching is
+kept: a step serves every running request, prefills join as slots come free, and KV use is counted.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections import deque
+from collections.abc import Sequence
+
+import msgspec
+
+from chimera.core.model import ModelSpec
+from chimera.engine.api import Limit, Order, Post, Stats, Submission, Vitals, Withdrawal
+from chimera.msg.events import Outcome
+from chimera.msg.stream import TokenDelta
+
+
+class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Seconds of each part of the work; given as `engine_args` in a placement file."""
+
+    load_s: float = 0.0
+    step_s: float = 0.0
+    """One decode step, whatever the batch."""
+    per_request_s: float = 0.0
+    """Added to a step for each request in it."""
+    prefill_s_per_token: float = 0.0
+    vocabulary: int = 256
+    kv_tokens: int = 65536
+    """Slots of the pool when no limit is given."""
+    max_running: int = 256
+
+
+class _Running:
+    """One request in the batch."""
+
+    __slots__ = ("made", "submission", "tokens_left")
+
+    def __init__(self, submission: Submission) -> None:
+        self.submission = submission
+        self.made = 0
+        self.tokens_left = submission.payload.sampling.max_new_tokens
+
+    @property
+    def final_tokens(self) -> int:
+        return len(self.submission.payload.input_ids) + self.submission.payload.sampling.max_new_tokens
+
+
+def token_after(model: str, prompt: Sequence[int], made: int, vocabulary: int) -> int:
+    """The rule: what `model` says after `prompt` and `made` tokens of answer. Printable ASCII for small vocabularies."""
+    seed = zlib.crc32(f"{model}:{len(prompt) + made}:{prompt[0] if prompt else 0}".encode())
+    return 97 + seed % 26 if vocabulary <= 256 else seed % vocabulary
+
+
+class SimulatedEngine:
+    def __init__(self) -> None:
+        self._costs = Costs()
+        self._model = ""
+        self._kv_tokens = 0
+        self._waiting: deque[Submission] = deque()
+        self._running: dict[str, _Running] = {}
+
+    def activate(self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None) -> Vitals:
+        self._costs = msgspec.convert(model.engine_args, Costs)
+        time.sleep(self._costs.load_s)
+        self._model = model.name
+        self._kv_tokens = self._costs.kv_tokens if kv_bytes is None else kv_bytes // max(1, model.kv_bytes_per_token)
+        return Vitals(credits=self._costs.max_running, kv_tokens=self._kv_tokens, context_length=model.context_length)
+
+    def serve(self, post: Post) -> None:
+        costs = self._costs
+        while True:
+            wait_s = 0.0 if self._running or self._waiting else None
+            for order in post.collect(wait_s):
+                self._take(order)
+            admitted = self._fill_batch()
+            if not self._running:
+                continue
+            step_s = costs.step_s + costs.per_request_s * len(self._running) + costs.prefill_s_per_token * admitted
+            if step_s > 0:
+                # A step cannot be interrupted on a real engine either; orders wait for its end.
+                time.sleep(step_s)
+            post.deliver([self._step(running) for running in list(self._running.values())])
+
+    def stats(self) -> Stats:
+        used = sum(len(r.submission.payload.input_ids) + r.made for r in self._running.values())
+        return Stats(running=len(self._running), queued=len(self._waiting), kv_tokens=self._kv_tokens, kv_used_tokens=used)
+
+    def deactivate(self) -> None:
+        self._waiting.clear()
+        self._running.clear()
+        self._model = ""
+
+    def _take(self, order: Order) -> None:
+        match order:
+            case Submission():
+                self._waiting.append(order)
+            case Withdrawal(request_id):
+                self._running.pop(request_id, None)
+                self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
+            case Limit(kv_tokens):
+                self._kv_tokens = kv_tokens
+
+    def _fill_batch(self) -> int:
+        """Move waiting requests into the batch while their final need fits; returns the prompt tokens to prefill."""
+        reserved = sum(r.final_tokens for r in self._running.values())
+        admitted = 0
+        while self._waiting and len(self._running) < self._costs.max_running:
+            running = _Running(self._waiting[0])
+            if self._running and reserved + running.final_tokens > self._kv_tokens:
+                break
+            self._waiting.popleft()
+            self._running[running.submission.request_id] = running
+            reserved += running.final_tokens
+            admitted += len(running.submission.payload.input_ids)
+        return admitted
+
+    def _step(self, running: _Running) -> TokenDelta:
+        payload = running.submission.payload
+        token = token_after(self._model, payload.input_ids, running.made, self._costs.vocabulary)
+        running.made += 1
+        running.tokens_left -= 1
+        outcome = None
+        if running.tokens_left <= 0:
+            outcome = Outcome.LENGTH
+            del self._running[running.submission.request_id]
+        return TokenDelta(running.submission.request_id, [token], outcome)

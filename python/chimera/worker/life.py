@@ -1,0 +1,178 @@
+"""One life of a worker: one replica, one epoch, from its activation to its last token.
+
+This is the engine's `Post`. Orders of another epoch are refused, a paused engine is simply not let out of `collect`, and
+a draining one leaves when its last request is done or its time is up; whatever is left goes back to its front-end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from chimera.core.replica import Epoch, ReplicaId
+from chimera.engine.api import Engine, Leave, Order, Stats, Submission, Withdrawal
+from chimera.msg import actions, stream
+from chimera.msg.events import Outcome, RequestFinished
+from chimera.msg.stream import Payload, TokenDelta
+from chimera.worker.ties import Ties
+
+HEARTBEAT_S = 0.25
+"""Counters are sent on change and at most this often, and once more before the engine falls idle."""
+
+_payload_decoder = msgspec.msgpack.Decoder(Payload)
+
+
+class _Open:
+    """A request the engine has."""
+
+    __slots__ = ("cached_tokens", "front", "output_tokens")
+
+    def __init__(self, front: str) -> None:
+        self.front = front
+        self.output_tokens = 0
+        self.cached_tokens = 0
+
+
+class Life:
+    def __init__(self, replica: ReplicaId, epoch: Epoch, engine: Engine, ties: Ties) -> None:
+        self.replica = replica
+        self.epoch = epoch
+        self.stop_reason = ""
+        self.told_to_stop = False
+        """The whole process is to end with this life."""
+        self._engine = engine
+        self._ties = ties
+        self._open: dict[str, _Open] = {}
+        self._paused = False
+        self._leave_by_s: float | None = None
+        self._told = Stats()
+        self._told_s = 0.0
+
+    # The engine's side.
+
+    def collect(self, wait_s: float | None) -> Sequence[Order]:
+        while True:
+            if self._leave_by_s is not None and (not self._open or time.monotonic() >= self._leave_by_s):
+                self._hand_back_rest()
+                raise Leave
+            patience_s = self._patience_s(wait_s)
+            self._heartbeat(falling_idle=patience_s is None)
+            orders = [order for message in self._ties.receive(patience_s) if (order := self._order(message)) is not None]
+            if orders or (wait_s is not None and not self._paused and self._leave_by_s is None):
+                return orders
+            if self._open and not self._paused:  # draining: the engine still has steps to take
+                return orders
+
+    def deliver(self, deltas: list[TokenDelta]) -> None:
+        by_front: dict[str, list[TokenDelta]] = {}
+        for delta in deltas:
+            request = self._open.get(delta.request_id)
+            if request is None:
+                continue
+            request.output_tokens += len(delta.token_ids)
+            request.cached_tokens = delta.cached_tokens
+            by_front.setdefault(request.front, []).append(delta)
+        for front, its_deltas in by_front.items():
+            self._ties.tell_front(front, stream.Tokens(replica=self.replica, epoch=self.epoch, deltas=its_deltas))
+        for delta in deltas:
+            if delta.outcome is not None:
+                self._finish(delta.request_id, delta.outcome)
+
+    def fail(self, request_id: str, code: str, message: str) -> None:
+        request = self._open.get(request_id)
+        if request is not None:
+            self._ties.tell_front(request.front, stream.Failed(request_id=request_id, code=code, message=message))
+            self._finish(request_id, Outcome.FAILED)
+
+    # The agent's side.
+
+    def _order(self, message: object) -> Order | None:
+        """What the agent's message means to the engine, if anything."""
+        match message:
+            case stream.Submit():
+                return self._submission(message)
+            case actions.Abort(request_id=request_id):
+                known = request_id in self._open
+                self._finish(request_id, Outcome.CANCELLED)
+                return Withdrawal(request_id) if known else None
+            case actions.Deactivate(epoch=self.epoch, drain_s=drain_s, reason=reason):
+                self._leave_by_s = time.monotonic() + drain_s
+                self.stop_reason = reason
+            case actions.Pause(epoch=self.epoch):
+                self._paused = True
+            case actions.Resume(epoch=self.epoch):
+                self._paused = False
+            case stream.Stop(drain_s=drain_s):
+                self._leave_by_s = time.monotonic() + drain_s
+                self.stop_reason = "the server is stopping"
+                self.told_to_stop = True
+        return None
+
+    def _submission(self, message: stream.Submit) -> Submission | None:
+        if message.epoch != self.epoch or self._leave_by_s is not None:
+            what = f"{self.replica} is leaving" if message.epoch == self.epoch else f"this is {self.replica} {self.epoch}"
+            self._ties.tell_front(message.front, _requeue(message.request_id, what))
+            return None
+        try:
+            payload = _payload_decoder.decode(message.payload)
+        except msgspec.DecodeError as fault:
+            self._open[message.request_id] = _Open(message.front)
+            self.fail(message.request_id, "bad_request", f"the request's payload cannot be read: {fault}")
+            return None
+        self._open[message.request_id] = _Open(message.front)
+        return Submission(message.request_id, payload)
+
+    def _finish(self, request_id: str, outcome: Outcome) -> None:
+        request = self._open.pop(request_id, None)
+        if request is None:
+            return
+        self._ties.tell_agent(
+            RequestFinished(
+                request_id=request_id,
+                replica=self.replica,
+                epoch=self.epoch,
+                outcome=outcome,
+                output_tokens=request.output_tokens,
+                cached_tokens=request.cached_tokens,
+            )
+        )
+
+    def _hand_back_rest(self) -> None:
+        for request_id, request in list(self._open.items()):
+            self._ties.tell_front(request.front, _requeue(request_id, f"{self.replica} left: {self.stop_reason}"))
+            self._finish(request_id, Outcome.REQUEUED)
+
+    def _patience_s(self, wait_s: float | None) -> float | None:
+        """How long `receive` may wait: as asked, without end while paused, never past the time to leave."""
+        if self._paused:
+            wait_s = None
+        if self._leave_by_s is None:
+            return wait_s
+        left_s = max(0.0, self._leave_by_s - time.monotonic())
+        return left_s if wait_s is None else min(wait_s, left_s)
+
+    def _heartbeat(self, *, falling_idle: bool) -> None:
+        now = time.monotonic()
+        if not falling_idle and now - self._told_s < HEARTBEAT_S:
+            return
+        stats = self._engine.stats()
+        self._told_s = now
+        if stats == self._told:
+            return
+        self._told = stats
+        self._ties.tell_agent(
+            stream.Heartbeat(
+                replica=self.replica,
+                epoch=self.epoch,
+                running=stats.running,
+                queued=stats.queued,
+                kv_tokens=stats.kv_tokens,
+                kv_used_tokens=stats.kv_used_tokens,
+            )
+        )
+
+
+def _requeue(request_id: str, message: str) -> stream.Failed:
+    return stream.Failed(request_id=request_id, code="requeue", message=message, requeue=True)

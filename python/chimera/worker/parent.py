@@ -1,0 +1,135 @@
+"""The preloaded parent: imports an engine once and forks a worker whenever an agent asks.
+
+Single-threaded on purpose, and it never touches a device: what it holds is what every child starts with. It ends with
+the process that started it; its children belong to their agents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import logging
+import os
+import selectors
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+from chimera.engine.api import CannotServe, Engine
+from chimera.engine.preload import NAMES, preload
+from chimera.msg.stream import Fork, Forked, Stop
+from chimera.wire.blocking import BlockingChannel
+from chimera.worker import process
+
+log = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Parent:
+    def __init__(self, socket_path: Path, make_engine: Callable[[], Engine]) -> None:
+        self._make_engine = make_engine
+        self._selector = selectors.DefaultSelector()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(socket_path))
+        self._listener.listen()
+        self._listener.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._channels: list[BlockingChannel] = []
+
+    def run(self) -> None:
+        """Fork on request until told to stop."""
+        # Nobody here waits for children: agents see them go by their pidfd.
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+        while True:
+            for key, _ in self._selector.select():
+                if key.fileobj is self._listener:
+                    self._accept()
+                elif self._serve(key.data):
+                    return
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        channel = BlockingChannel(connection)
+        self._channels.append(channel)
+        self._selector.register(channel.fileno(), selectors.EVENT_READ, channel)
+
+    def _serve(self, channel: BlockingChannel) -> bool:
+        """One channel's news; whether to stop."""
+        for message in channel.receive(0):
+            match message:
+                case Fork(worker=worker, agent_socket=agent_socket):
+                    channel.send(Forked(worker=worker, pid=self._fork(worker, Path(agent_socket))))
+                case Stop():
+                    return True
+        if channel.closed:
+            self._selector.unregister(channel.fileno())
+            self._channels.remove(channel)
+            channel.close()
+        return False
+
+    def _fork(self, worker: str, agent_socket: Path) -> int:
+        pid = os.fork()
+        if pid == 0:
+            self._become(worker, agent_socket)
+        log.info("forked worker=%s pid=%d", worker, pid)
+        return pid
+
+    def _become(self, worker: str, agent_socket: Path) -> NoReturn:
+        """In the child: let go of everything of the parent's, then be a worker until the end."""
+        status = 1
+        try:
+            os.setsid()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the supervisor to translate
+            self._selector.close()
+            self._listener.close()
+            for channel in self._channels:
+                channel.close()
+            gc.enable()
+            status = process.run(worker, agent_socket, self._make_engine)
+        except BaseException:
+            log.critical("worker %s failed", worker, exc_info=True)
+        finally:
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)  # no parent's atexit handlers, no parent's buffers
+
+
+def end_with_starter() -> None:
+    """Ask the kernel to end this process when the one that started it is gone."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:
+        sys.exit("the process that started the preloaded parent is gone")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="chimera.worker.parent", description=__doc__)
+    parser.add_argument("--socket", type=Path, required=True, help="where agents ask for workers")
+    parser.add_argument("--engine", choices=NAMES, default="sglang")
+    parser.add_argument("--log-level", default="info")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname).1s parent %(name)s: %(message)s")
+    end_with_starter()
+    try:
+        make_engine = preload(arguments.engine)
+    except CannotServe as fault:
+        print(fault, file=sys.stderr)
+        return 1
+    # A temporary name until it listens: whoever sees the socket can use it.
+    temporary = arguments.socket.with_suffix(".starting")
+    parent = Parent(temporary, make_engine)
+    temporary.rename(arguments.socket)
+    log.info("preloaded engine=%s", arguments.engine)
+    parent.run()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

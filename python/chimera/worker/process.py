@@ -1,0 +1,84 @@
+"""The process of one worker: EMPTY until its agent gives it a model, EMPTY again when that has left."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from chimera.engine.api import CannotServe, Engine, Leave
+from chimera.msg import actions, events, stream
+from chimera.worker.life import Life
+from chimera.worker.ties import AgentGone, Ties
+
+log = logging.getLogger(__name__)
+
+
+def run(worker: str, agent_socket: Path, make_engine: Callable[[], Engine]) -> int:
+    """From birth to exit status. Returns when the agent says stop or is gone."""
+    try:
+        ties = Ties(worker, agent_socket)
+    except OSError as fault:
+        log.warning("no agent to work for: %s", fault)
+        return 1
+    engine = make_engine()
+    log.info("empty worker=%s pid=%d", worker, os.getpid())
+    try:
+        while (order := _next_activation(ties)) is not None:
+            if _live(order, engine, ties):
+                return 0
+    except AgentGone as end:
+        log.info("leaving worker=%s reason=%s", worker, end)
+    return 0
+
+
+def _next_activation(ties: Ties) -> actions.Activate | None:
+    """Waits, EMPTY, for a model; `None` is the order to stop."""
+    while True:
+        for message in ties.receive(None):
+            match message:
+                case actions.Activate(epoch=epoch) if epoch is not None:
+                    return message
+                case stream.Stop():
+                    return None
+                case stream.Submit(request_id=request_id, front=front):
+                    what = "the model has left this worker"
+                    failed = stream.Failed(request_id=request_id, code="requeue", message=what, requeue=True)
+                    ties.tell_front(front, failed)
+
+
+def _live(order: actions.Activate, engine: Engine, ties: Ties) -> bool:
+    """One life, from activation to `ReplicaStopped`; whether the process was told to stop in it."""
+    replica, epoch = order.seat.replica, order.epoch
+    assert epoch is not None
+    started = time.monotonic()
+    try:
+        vitals = engine.activate(order.model, gpu_ids=order.seat.gpu_ids, kv_bytes=order.seat.kv_limit_bytes)
+    except CannotServe as fault:
+        log.warning("activation failed replica=%s reason=%s", replica, fault)
+        engine.deactivate()
+        ties.tell_agent(
+            events.ActivationFailed(replica=replica, epoch=epoch, reason=str(fault), permanent=fault.permanent),
+        )
+        return False
+    life = Life(replica, epoch, engine, ties)
+    ties.tell_agent(
+        events.ReplicaReady(
+            replica=replica,
+            epoch=epoch,
+            credits=vitals.credits,
+            kv_tokens=vitals.kv_tokens,
+            context_length=vitals.context_length,
+            load_s=time.monotonic() - started,
+        )
+    )
+    log.info("serving replica=%s epoch=%s load_s=%.3f", replica, epoch, time.monotonic() - started)
+    with contextlib.suppress(Leave):
+        engine.serve(life)
+    engine.deactivate()
+    ties.tell_agent(events.ReplicaStopped(replica=replica, epoch=epoch, reason=life.stop_reason))
+    log.info("empty again replica=%s reason=%s", replica, life.stop_reason)
+    return life.told_to_stop
