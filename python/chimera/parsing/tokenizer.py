@@ -92,10 +92,14 @@ def _template_source(folder: Path, settings: Mapping[str, Any]) -> str | None:
     """The newer place is a file of its own; the older one, a setting, may hold several by name."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as fault:
+            raise ConfigError.single(str(path), f"cannot be read: {fault}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):
-        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        template = named.get("default")
     return template if isinstance(template, str) else None
 
 

@@ -1,0 +1,14 @@
+"""The front-end process: HTTP in, server-sent events out. Speaks to control and to workers in messages; decides nothing.
+
+errors     the only place with HTTP codes
+intake     bodies decoded, fields checked, prompts measured
+openai     /v1/chat/completions and /v1/completions: their words in, their words out
+native     /generate: SGLang's words
+catalogue  the models that control told of, and their tokenizers
+answer     one answer under way: tokens to text to its reader
+readers    who waits for an answer: an event stream, or a body sent whole
+desk       every open answer, and what becomes of it when a worker or control is lost
+relay      the sockets to control and workers
+app        routes
+front      the parts put together
+"""

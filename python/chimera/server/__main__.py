@@ -1,0 +1,74 @@
+"""`python -m chimera.server`: one front-end process. SIGTERM or SIGINT drains it, a second one ends it at once."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from chimera.server.front import FrontEnd, listen
+
+PORT_IN_USE = 2
+
+
+def main() -> int:
+    arguments = _parser().parse_args()
+    logging.basicConfig(
+        level=arguments.log_level.upper(), format=f"%(asctime)s {arguments.name} %(levelname)s %(message)s", stream=sys.stderr
+    )
+    try:
+        listener = listen(arguments.host, arguments.port)
+    except OSError as fault:
+        print(f"cannot listen on {arguments.host}:{arguments.port}: {fault.strerror or fault}", file=sys.stderr)
+        return PORT_IN_USE
+    _run(_serve(arguments, listener))
+    return 0
+
+
+async def _serve(arguments: argparse.Namespace, listener: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    told, told_twice = asyncio.Event(), asyncio.Event()
+
+    def tell() -> None:
+        (told_twice if told.is_set() else told).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, tell)
+    front = FrontEnd(run_dir=arguments.run_dir, name=arguments.name, listener=listener)
+    await front.start()
+    await told.wait()
+    draining, hurrying = asyncio.create_task(front.drain(arguments.drain_s)), asyncio.create_task(told_twice.wait())
+    await asyncio.wait([draining, hurrying], return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
+    hurrying.cancel()
+    await front.close()
+
+
+def _run(main: Coroutine[Any, Any, None]) -> None:
+    try:
+        import uvloop
+    except ImportError:  # not on every machine; the same, only slower
+        asyncio.run(main)
+    else:
+        uvloop.run(main)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m chimera.server", description=__doc__)
+    parser.add_argument("--run-dir", type=Path, required=True, help="the server's private directory, with control's socket")
+    parser.add_argument("--name", required=True, help="this front-end's name; workers find it by it")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000, help="several front-ends may share it; 0 lets the system choose")
+    parser.add_argument("--drain-s", type=float, default=30.0, help="how long open answers may go on after SIGTERM")
+    parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

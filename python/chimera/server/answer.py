@@ -1,0 +1,159 @@
+"""One answer under way: takes the tokens of its request, makes text of them, and tells its reader.
+
+Keeps every token it has taken, so that its request can go on elsewhere with the prompt it then has. Knows no socket.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from chimera.core.request import Request
+from chimera.errors import RequestError
+from chimera.msg.events import Outcome
+from chimera.msg.stream import Enqueue, Payload, Sampling, TokenDelta
+from chimera.parsing.detokenizer import Detokenizer
+from chimera.parsing.stops import StopStrings
+
+_encode_payload = msgspec.msgpack.Encoder().encode
+
+
+class Reader(Protocol):
+    """Who waits for an answer. Told of text as it comes, and once of the end."""
+
+    def text(self, text: str, answer: Answer) -> None: ...
+
+    def end(self, text: str, answer: Answer) -> None:
+        """The last text, which may be empty. The answer knows how it ended."""
+
+    def fail(self, error: RequestError) -> None: ...
+
+
+class Finish(msgspec.Struct, frozen=True):
+    """How a whole answer ended."""
+
+    reason: Outcome
+    """`stop` or `length`."""
+    matched: int | str | None = None
+    """The token or the string that stopped it."""
+
+
+class Answer:
+    """From the request's acceptance to its end."""
+
+    __slots__ = (
+        "_detokenizer",
+        "_reader",
+        "_stops",
+        "arrived_s",
+        "cached_tokens",
+        "emitted",
+        "finish",
+        "model",
+        "prompt_ids",
+        "request_id",
+        "sampling",
+        "source",
+        "tries",
+    )
+
+    def __init__(
+        self,
+        *,
+        request_id: str,
+        model: str,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        detokenizer: Detokenizer,
+        stops: Sequence[str],
+        reader: Reader,
+        arrived_s: float,
+    ) -> None:
+        self.request_id = request_id
+        self.model = model
+        self.prompt_ids = prompt_ids
+        self.sampling = sampling
+        self.arrived_s = arrived_s
+        self.emitted: list[int] = []
+        self.cached_tokens = 0
+        self.finish: Finish | None = None
+        self.tries = 0
+        self.source: object | None = None
+        """The connection its tokens come by, from the first on; tokens from anywhere else are not for it."""
+        self._detokenizer = detokenizer
+        self._stops = StopStrings(tuple(stops)) if stops else None
+        self._reader = reader
+
+    @property
+    def attempt_id(self) -> str:
+        """What this try is called on the wire: late messages about an earlier one find nobody."""
+        return f"{self.request_id}.{self.tries}" if self.tries else self.request_id
+
+    @property
+    def remaining_tokens(self) -> int:
+        return self.sampling.max_new_tokens - len(self.emitted)
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self.arrived_s
+
+    def enqueue(self, front: str) -> Enqueue:
+        """The request as control takes it; tokens already shown are part of the prompt."""
+        prompt_ids, sampling = self.prompt_ids, self.sampling
+        if self.emitted:
+            prompt_ids = prompt_ids + self.emitted
+            minimum = max(0, sampling.min_new_tokens - len(self.emitted))
+            sampling = msgspec.structs.replace(sampling, max_new_tokens=self.remaining_tokens, min_new_tokens=minimum)
+        request = Request(
+            request_id=self.attempt_id,
+            model=self.model,
+            front=front,
+            prompt_tokens=len(prompt_ids),
+            max_tokens=sampling.max_new_tokens,
+            arrived_s=self.arrived_s,
+            emitted_tokens=len(self.emitted),
+            tries=self.tries,
+        )
+        return Enqueue(request=request, payload=_encode_payload(Payload(input_ids=prompt_ids, sampling=sampling)))
+
+    def take(self, delta: TokenDelta) -> bool:
+        """The tokens of one step; says whether they end the answer."""
+        token_ids = delta.token_ids
+        self.emitted += token_ids
+        if delta.cached_tokens:
+            self.cached_tokens = delta.cached_tokens
+        if delta.outcome is not None:
+            self.end(delta.outcome, token_ids, delta.matched_stop)
+            return True
+        text = self._detokenizer.feed(token_ids)
+        if self._stops is not None:
+            text = self._stops.feed(text)
+            if self._stops.matched is not None:
+                self._close(Finish(Outcome.STOP, self._stops.matched), text)
+                return True
+        if text:
+            self._reader.text(text, self)
+        return False
+
+    def end(self, outcome: Outcome, last_ids: Sequence[int] = (), matched_stop: int | None = None) -> None:
+        """No more tokens come. The token that stopped the answer is counted, and not shown."""
+        if matched_stop is not None and last_ids and last_ids[-1] == matched_stop:
+            last_ids = last_ids[:-1]
+        text = self._detokenizer.feed(last_ids) + self._detokenizer.flush()
+        matched: int | str | None = matched_stop
+        if self._stops is not None:
+            text = self._stops.feed(text)
+            if self._stops.matched is not None:
+                outcome, matched = Outcome.STOP, self._stops.matched
+            text += self._stops.flush()
+        self._close(Finish(outcome, matched), text)
+
+    def fail(self, error: RequestError) -> None:
+        self._reader.fail(error)
+
+    def _close(self, finish: Finish, text: str) -> None:
+        self.finish = finish
+        self._reader.end(text, self)

@@ -1,0 +1,187 @@
+"""The routes: a client's request from its body to its answer. Knows HTTP and every dialect; no socket but the client's."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from chimera.core.model import ModelSpec
+from chimera.core.replica import ReplicaState
+from chimera.errors import RequestError
+from chimera.msg.stream import Sampling
+from chimera.server import intake
+from chimera.server.answer import Answer
+from chimera.server.catalogue import Catalogue
+from chimera.server.desk import Desk
+from chimera.server.errors import error_response, refusal_response
+from chimera.server.intake import CompletionWish
+from chimera.server.native import GenerateRequest
+from chimera.server.openai import ChatRequest, CompletionRequest
+from chimera.server.readers import EventStream, FirstToken, WholeBody
+from chimera.server.relay import Relay
+
+MAX_BODY_BYTES = 16 << 20
+_BODY_WITHIN_S = 60.0
+_PROBE_WITHIN_S = 20.0
+_ASIDE_BYTES = 4096
+"""Bodies longer than this are tokenised in a thread; shorter ones cost less than the way there and back."""
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class App:
+    """What every route needs."""
+
+    def __init__(self, catalogue: Catalogue, desk: Desk, relay: Relay) -> None:
+        self._catalogue = catalogue
+        self._desk = desk
+        self._relay = relay
+
+    def build(self) -> web.Application:
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_in_one_shape])
+        app.add_routes(
+            [
+                web.post("/v1/chat/completions", partial(self._complete, msgspec.json.Decoder(ChatRequest))),
+                web.post("/v1/completions", partial(self._complete, msgspec.json.Decoder(CompletionRequest))),
+                web.get("/v1/models", self._models),
+                web.get("/v1/models/{name:.+}", self._model),
+                web.post("/generate", partial(self._complete, msgspec.json.Decoder(GenerateRequest))),
+                web.get("/health", self._health),
+                web.get("/health_generate", self._health_generate),
+                web.get("/snapshot", self._snapshot),
+            ]
+        )
+        return app
+
+    async def _complete(self, decoder: msgspec.json.Decoder[CompletionWish], http: web.Request) -> web.StreamResponse:
+        arrived_s = time.monotonic()
+        body = await _body(http)
+        wish = intake.decode(body, decoder)
+        wish.check()
+        stops = intake.stop_strings(wish.stop)
+        spec = self._catalogue.resolve(wish.model)
+        tokenizer = await self._catalogue.tokenizer(spec)
+        prompt_ids = await _aside(len(body), partial(wish.prompt_ids, tokenizer))
+        sampling = wish.sampling(intake.room_for_answer(spec, wish, len(prompt_ids)))
+        request_id = uuid.uuid4().hex
+        dialect = wish.dialect(request_id)
+        reader = EventStream(dialect) if wish.stream else WholeBody(dialect)
+        answer = Answer(
+            request_id=request_id,
+            model=spec.name,
+            prompt_ids=prompt_ids,
+            sampling=sampling,
+            detokenizer=tokenizer.detokenizer(prompt_ids),
+            stops=stops,
+            reader=reader,
+            arrived_s=arrived_s,
+        )
+        return await self._wait_for(answer, reader.respond(http, {"x-request-id": request_id}))
+
+    async def _wait_for(self, answer: Answer, response: Awaitable[T]) -> T:
+        """As long as the client does: aiohttp cancels this when it leaves, and then the answer is withdrawn."""
+        self._desk.submit(answer)
+        try:
+            return await response
+        finally:
+            self._desk.withdraw(answer)
+
+    # What there is, and how it does.
+
+    async def _models(self, http: web.Request) -> web.Response:
+        return _json_response({"object": "list", "data": [_card(spec, since_s) for spec, since_s in self._catalogue.models]})
+
+    async def _model(self, http: web.Request) -> web.Response:
+        spec = self._catalogue.resolve(http.match_info["name"])
+        since_s = next(since_s for known, since_s in self._catalogue.models if known is spec)
+        return _json_response(_card(spec, since_s))
+
+    async def _health(self, http: web.Request) -> web.Response:
+        """Whether requests can be taken; not whether a model is up."""
+        if not self._desk.connected or not self._catalogue.complete.is_set():
+            raise RequestError("service_unavailable", "the server's control process is not there", retry_after_s=1)
+        return _json_response({"status": "ok"})
+
+    async def _health_generate(self, http: web.Request) -> web.Response:
+        """One real token from a model that is up."""
+        snapshot = await self._relay.snapshot()
+        serving = next((view.replica for view in snapshot.replicas if view.state is ReplicaState.SERVING), None)
+        if serving is None:
+            raise RequestError("service_unavailable", "no model is up", retry_after_s=1)
+        spec = self._catalogue.resolve(serving.model)
+        tokenizer = await self._catalogue.tokenizer(spec)
+        token = FirstToken()
+        prompt_ids = tokenizer.encode("a")
+        answer = Answer(
+            request_id=uuid.uuid4().hex,
+            model=spec.name,
+            prompt_ids=prompt_ids,
+            sampling=Sampling(max_new_tokens=1, temperature=0.0),
+            detokenizer=tokenizer.detokenizer(prompt_ids),
+            stops=(),
+            reader=token,
+            arrived_s=time.monotonic(),
+        )
+        try:
+            async with asyncio.timeout(_PROBE_WITHIN_S):
+                await self._wait_for(answer, token.came)
+        except TimeoutError:
+            raise RequestError("gateway_timeout", f"{spec.name} made no token within {_PROBE_WITHIN_S:g} s") from None
+        return _json_response({"status": "ok", "model": spec.name, "seconds": answer.age_s})
+
+    async def _snapshot(self, http: web.Request) -> web.Response:
+        return _json_response(await self._relay.snapshot())
+
+
+async def _body(http: web.Request) -> bytes:
+    try:
+        async with asyncio.timeout(_BODY_WITHIN_S):
+            return await http.read()
+    except TimeoutError:
+        raise RequestError("bad_request", f"the body did not arrive within {_BODY_WITHIN_S:g} s") from None
+
+
+async def _aside(size: int, work: Callable[[], T]) -> T:
+    """Long work in a thread: the streams of others do not wait for it."""
+    return await asyncio.to_thread(work) if size > _ASIDE_BYTES else work()
+
+
+def _card(spec: ModelSpec, since_s: int) -> dict[str, object]:
+    return {
+        "id": spec.name,
+        "object": "model",
+        "created": since_s,
+        "owned_by": "chimera",
+        "root": spec.path,
+        "parent": None,
+        "max_model_len": spec.context_length,
+    }
+
+
+def _json_response(value: object) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+
+@web.middleware
+async def _in_one_shape(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except RequestError as error:
+        return error_response(error)
+    except web.HTTPException as refusal:
+        return refusal_response(refusal)
+    except ConnectionError:  # the client left while we wrote; nobody is there to be answered
+        raise
+    except Exception:  # noqa: BLE001 - the outermost frame of one request; the others, and the process, go on
+        _log.exception("fault while answering %s %s", request.method, request.path)
+        return error_response(RequestError("internal_error", "the server made a mistake; its log has the details"))

@@ -1,0 +1,86 @@
+"""Every error's HTTP status and its one shape, OpenAI's. No other module of the package knows an HTTP code."""
+
+from __future__ import annotations
+
+import math
+from http import HTTPStatus
+
+import msgspec
+from aiohttp import web
+
+from chimera.errors import RequestError
+
+_STATUS = {
+    "bad_request": 400,
+    "context_length_exceeded": 400,
+    "unsupported_parameter": 400,
+    "model_not_found": 404,
+    "not_found": 404,
+    "method_not_allowed": 405,
+    "queue_timeout": 408,
+    "body_too_large": 413,
+    "queue_full": 429,
+    "rate_limit_exceeded": 429,
+    "slo_unattainable": 429,
+    "internal_error": 500,
+    "bad_gateway": 502,
+    "worker_lost": 502,
+    "model_not_loaded": 503,
+    "service_unavailable": 503,
+    "gateway_timeout": 504,
+}
+_CODE = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+_TYPE = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
+
+
+class _Detail(msgspec.Struct, frozen=True):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class _Body(msgspec.Struct, frozen=True):
+    error: _Detail
+
+
+def error_body(error: RequestError) -> bytes:
+    """The JSON of an error, for an answer or for an event in a stream."""
+    return msgspec.json.encode(_Body(_Detail(error.message, _type_of(_status_of(error)), error.param, error.code)))
+
+
+def error_response(error: RequestError) -> web.Response:
+    headers = {}
+    if error.retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+    return web.Response(status=_status_of(error), body=error_body(error), content_type="application/json", headers=headers)
+
+
+def refusal_response(refusal: web.HTTPException) -> web.Response:
+    """What aiohttp itself refuses (a path, a method, a body too large), in the same shape."""
+    code = _CODE.get(refusal.status, "bad_request" if refusal.status < 500 else "internal_error")
+    detail = _Detail(_wording(refusal), _type_of(refusal.status), None, code)
+    headers = {"Allow": refusal.headers["Allow"]} if "Allow" in refusal.headers else {}
+    return web.Response(
+        status=refusal.status, body=msgspec.json.encode(_Body(detail)), content_type="application/json", headers=headers
+    )
+
+
+def _status_of(error: RequestError) -> int:
+    return _STATUS.get(error.code, HTTPStatus.INTERNAL_SERVER_ERROR)
+
+
+def _type_of(status: int) -> str:
+    return _TYPE.get(status, "server_error" if status >= 500 else "invalid_request_error")
+
+
+def _wording(refusal: web.HTTPException) -> str:
+    match refusal:
+        case web.HTTPNotFound():
+            return "no such path; the API is under /v1"
+        case web.HTTPMethodNotAllowed():
+            return f"{refusal.method} is not allowed here; allowed: {', '.join(sorted(refusal.allowed_methods))}"
+        case web.HTTPRequestEntityTooLarge():
+            return "the body is too large"
+        case _:
+            return refusal.reason

@@ -1,0 +1,77 @@
+"""One front-end put together: what `python -m chimera.server` runs, and what tests run in their own loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from pathlib import Path
+
+from aiohttp import web
+
+from chimera.errors import RequestError
+from chimera.server.app import App
+from chimera.server.catalogue import Catalogue
+from chimera.server.desk import Desk, Patience
+from chimera.server.relay import Relay
+
+_LAST_WORDS_S = 0.5
+"""What a handler is given to send its last event when the front-end leaves."""
+
+_log = logging.getLogger(__name__)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that several front-ends of one server share. OSError when the port belongs to somebody else."""
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(address)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class FrontEnd:
+    def __init__(self, *, run_dir: Path, name: str, listener: socket.socket, patience: Patience | None = None) -> None:
+        self.catalogue = Catalogue()
+        self.desk = Desk(name, patience or Patience())
+        self._relay = Relay(run_dir, name, self.catalogue, self.desk)
+        self._name = name
+        self._listener = listener
+        app = App(self.catalogue, self.desk, self._relay).build()
+        # Cancelled handlers are how a client that leaves is noticed.
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=_LAST_WORDS_S)
+
+    @property
+    def url(self) -> str:
+        host, port = self._listener.getsockname()[:2]
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    async def start(self) -> None:
+        await self._relay.start()
+        await self._runner.setup()
+        await web.SockSite(self._runner, self._listener, backlog=1024).start()
+        _log.info("%s listens on %s", self._name, self.url)
+
+    async def until_ready(self) -> None:
+        """Until control has told of its models."""
+        await self.catalogue.complete.wait()
+
+    async def drain(self, within_s: float) -> None:
+        """Take no more connections and let the open answers end."""
+        for site in list(self._runner.sites):
+            await site.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self.desk.wait_until_idle()
+
+    async def close(self) -> None:
+        self.desk.fail_all(RequestError("service_unavailable", "the server is stopping", retry_after_s=1))
+        await self._runner.cleanup()
+        self.desk.close()
+        await self._relay.close()

@@ -1,0 +1,133 @@
+"""Those who wait for an answer: an event stream that is written as text comes, or a body that is sent whole.
+
+An event stream is written straight to the client's transport, one write for each piece of news, because at one event per
+token anything between the two would cost more than the event. Knows no dialect: the bytes of an event come from one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Protocol
+
+from aiohttp import HttpVersion11, web
+
+from chimera.errors import RequestError
+from chimera.server.answer import Answer
+from chimera.server.errors import error_body
+
+_MAX_UNREAD_BYTES = 4 << 20
+"""What a client may leave unread before it is taken for gone: some hundred thousand tokens."""
+_STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+class Dialect(Protocol):
+    """How one API says things."""
+
+    def piece(self, text: str, answer: Answer) -> bytes:
+        """An event with new text."""
+
+    def close(self, text: str, answer: Answer) -> bytes:
+        """The last events: the last text, which may be empty, how the answer ended, and the mark of the end."""
+
+    def whole(self, text: str, answer: Answer) -> bytes:
+        """The body of an answer that is not streamed."""
+
+
+class EventStream:
+    """Server-sent events. The headers wait for the first of them, so that a request that fails before has its status."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        loop = asyncio.get_running_loop()
+        self._dialect = dialect
+        self._transport: asyncio.WriteTransport | None = None
+        self._chunked = False
+        self._early = bytearray()
+        self._begun: asyncio.Future[None] = loop.create_future()
+        """Done when there is something to send; raises when the request failed before."""
+        self._ended: asyncio.Future[None] = loop.create_future()
+
+    async def respond(self, http: web.Request, headers: Mapping[str, str]) -> web.StreamResponse:
+        """The whole response, from the first text to the last."""
+        await self._begun
+        response = web.StreamResponse(headers={**_STREAM_HEADERS, **headers})
+        self._chunked = http.version >= HttpVersion11
+        if self._chunked:
+            response.enable_chunked_encoding()
+        await response.prepare(http)
+        self._transport = http.transport
+        self._write(bytes(self._early))
+        await self._ended
+        await response.write_eof()  # with chunks, the empty one that ends the body
+        return response
+
+    def text(self, text: str, answer: Answer) -> None:
+        self._write(self._dialect.piece(text, answer))
+
+    def end(self, text: str, answer: Answer) -> None:
+        self._write(self._dialect.close(text, answer))
+        _settle(self._ended)
+
+    def fail(self, error: RequestError) -> None:
+        if not self._begun.done():
+            self._begun.set_exception(error)
+        else:
+            self._write(b"data: %b\n\n" % error_body(error))
+            _settle(self._ended)
+
+    def _write(self, events: bytes) -> None:
+        transport = self._transport
+        if transport is None:
+            self._early += events
+            _settle(self._begun)
+        elif not transport.is_closing():
+            transport.write(b"%x\r\n%b\r\n" % (len(events), events) if self._chunked else events)
+            if transport.get_write_buffer_size() > _MAX_UNREAD_BYTES:
+                transport.abort()
+
+
+class WholeBody:
+    """The answer in one piece."""
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._dialect = dialect
+        self._pieces: list[str] = []
+        self._body: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+
+    async def respond(self, http: web.Request, headers: Mapping[str, str]) -> web.StreamResponse:
+        return web.Response(body=await self._body, content_type="application/json", headers=headers)
+
+    def text(self, text: str, answer: Answer) -> None:
+        self._pieces.append(text)
+
+    def end(self, text: str, answer: Answer) -> None:
+        self._pieces.append(text)
+        if not self._body.done():
+            self._body.set_result(self._dialect.whole("".join(self._pieces), answer))
+
+    def fail(self, error: RequestError) -> None:
+        if not self._body.done():
+            self._body.set_exception(error)
+
+
+class FirstToken:
+    """Only wants to know that an engine answers."""
+
+    def __init__(self) -> None:
+        self.came: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def text(self, text: str, answer: Answer) -> None:
+        _settle(self.came)
+
+    def end(self, text: str, answer: Answer) -> None:
+        _settle(self.came)
+
+    def fail(self, error: RequestError) -> None:
+        if not self.came.done():
+            self.came.set_exception(error)
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    """A future is done already when there is more news, or cancelled when its client has left."""
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import aiohttp
+import pytest
+from chimera.server.desk import Patience
+from chimera.server.front import FrontEnd, listen
+
+from tests.server.rehearsal import Rehearsal, model, model_folder
+
+
+class Stage:
+    """A front-end before a rehearsed control and worker, and a client."""
+
+    def __init__(self, run_dir: Path, rehearsal: Rehearsal, front: FrontEnd, client: aiohttp.ClientSession) -> None:
+        self.run_dir = run_dir
+        self.rehearsal = rehearsal
+        self.front = front
+        self.client = client
+        self.url = front.url
+
+    async def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
+        async with self.client.post(self.url + path, json=body) as response:
+            return response.status, await response.json()
+
+    async def events(self, path: str, body: dict[str, Any]) -> list[str]:
+        """What a streamed answer sends, to its end."""
+        async with self.client.post(self.url + path, json={**body, "stream": True}) as response:
+            assert response.status == 200, await response.text()
+            text = (await response.read()).decode()
+        assert text.endswith("\n\n")
+        return [event.removeprefix("data: ") for event in text.split("\n\n")[:-1]]
+
+
+@pytest.fixture
+async def stage() -> AsyncIterator[Stage]:
+    with TemporaryDirectory(prefix="chimera-") as folder:  # not tmp_path: its paths are longer than a socket's may be
+        run_dir = Path(folder)
+        rehearsal = Rehearsal(run_dir, [model("m", model_folder(run_dir / "m"), aliases=("also-m",))])
+        await rehearsal.start()
+        patience = Patience(control_s=0.2, worker_s=0.05)
+        front = FrontEnd(run_dir=run_dir, name="front-0", listener=listen("127.0.0.1", 0), patience=patience)
+        await front.start()
+        async with aiohttp.ClientSession() as client:
+            await front.until_ready()
+            yield Stage(run_dir, rehearsal, front, client)
+        await front.close()
+        await rehearsal.close()

@@ -1,0 +1,62 @@
+"""Health, models and the snapshot: what readers of a running server see."""
+
+from __future__ import annotations
+
+from tests.server.conftest import Stage
+from tests.server.rehearsal import model, model_folder
+
+
+async def get(stage: Stage, path: str) -> tuple[int, dict[str, object]]:
+    async with stage.client.get(stage.url + path) as response:
+        return response.status, await response.json()
+
+
+async def test_health_says_whether_requests_can_be_taken(stage: Stage) -> None:
+    assert await get(stage, "/health") == (200, {"status": "ok"})
+    await stage.rehearsal.stop()
+    await stage.front.until_alone()
+    async with stage.client.get(stage.url + "/health") as response:
+        assert response.status == 503 and int(response.headers["Retry-After"]) >= 1
+    await stage.rehearsal.start()
+    await stage.front.until_ready()
+    assert (await get(stage, "/health"))[0] == 200
+
+
+async def test_health_generate_asks_a_model_that_is_up_for_a_token(stage: Stage) -> None:
+    status, body = await get(stage, "/health_generate")
+    assert (status, body["status"], body["model"]) == (200, "ok", "m")
+    stage.rehearsal.serving.clear()
+    assert (await get(stage, "/health_generate"))[0] == 503
+
+
+async def test_the_snapshot_is_controls(stage: Stage) -> None:
+    status, body = await get(stage, "/snapshot")
+    assert status == 200
+    assert body["policy"] == "static" and body["waiting"] == {"absent": 3}
+    assert [spec["name"] for spec in body["models"]] == ["m"]  # type: ignore[attr-defined]
+
+
+async def test_without_control_there_is_no_snapshot(stage: Stage) -> None:
+    await stage.rehearsal.stop()
+    await stage.front.until_alone()
+    assert (await get(stage, "/snapshot"))[0] == 503
+
+
+async def test_models_come_and_go_while_serving(stage: Stage) -> None:
+    stage.rehearsal.register(model("new", model_folder(stage.run_dir / "new")))
+    await get(stage, "/snapshot")
+    assert (await stage.post("/generate", {"model": "new", "text": "a"}))[0] == 200
+    stage.rehearsal.remove("new")
+    await get(stage, "/snapshot")
+    assert (await stage.post("/generate", {"model": "new", "text": "a"}))[0] == 404
+
+
+async def test_a_model_that_left_while_control_was_away_is_forgotten(stage: Stage) -> None:
+    stage.rehearsal.register(model("new", stage.run_dir / "m"))
+    await get(stage, "/snapshot")
+    await stage.rehearsal.stop()
+    await stage.front.until_alone()
+    stage.rehearsal.models.pop()
+    await stage.rehearsal.start()
+    await stage.front.until_ready()
+    assert [spec.name for spec, _ in stage.front.catalogue.models] == ["m"]
