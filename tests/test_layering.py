@@ -18,7 +18,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "msg": ({"core"}, {"msgspec"}),
     "wire": ({"core", "msg"}, {"msgspec", "uvloop"}),
     "sched": ({"core", "msg"}, {"msgspec"}),
-    "config": ({"core"}, {"msgspec", "yaml", "huggingface_hub", "httpx"}),
+    "config": ({"core"}, {"msgspec", "yaml", "huggingface_hub", "httpx", "pynvml"}),
     "vmm": (set(), {"cuda"}),
     "kv": ({"core", "vmm"}, {"torch", "msgspec"}),
     "ledger": ({"core", "msg", "wire"}, {"msgspec"}),
