@@ -61,6 +61,7 @@ class Agent:
         self._record = record
         self._held: dict[str, _Held] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._stopping = False
         self._pool = WorkerPool(
             prefix=f"{name}.{agent_start % 10**9:x}",
             socket=run_dir / f"agent-{name}.sock",
@@ -75,7 +76,8 @@ class Agent:
         self._control.start()
 
     async def stop(self, drain_s: float = DRAIN_S) -> None:
-        """Let the workers finish what they have, and leave."""
+        """Let the workers finish what they have, and leave; nothing is brought up any more."""
+        self._stopping = True
         await self._pool.stop(drain_s)
         if self._timer is not None:
             self._timer.cancel()
@@ -92,6 +94,8 @@ class Agent:
 
     def _control_says(self, message: Message) -> None:
         match message:
+            case actions.Activate() if self._stopping:
+                pass
             case actions.Activate() | actions.Deactivate():
                 self._obey(message)
             case stream.Delivery(route=route, payload=payload):

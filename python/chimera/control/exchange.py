@@ -16,6 +16,7 @@ from pathlib import Path
 from chimera.control.telemetry import Telemetry
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement
+from chimera.core.replica import ReplicaId
 from chimera.msg import actions, events, stream
 from chimera.msg.actions import Action
 from chimera.sched.control import ControlInput, ControlScheduler
@@ -37,7 +38,7 @@ AgentEvent = (
     | events.RequestFinished
 )
 News = events.ReplicaReady | events.ReplicaStopped | events.ActivationFailed | events.WorkerLost
-"""What command-line clients that stay connected are told."""
+"""What command-line clients that stay connected are told, beginning with the newest of each replica."""
 
 
 class _Front:
@@ -61,6 +62,7 @@ class Exchange:
         self._fronts: dict[str, _Front] = {}
         self._agents: dict[str, Channel] = {}
         self._watchers: set[Channel] = set()
+        self._news: dict[ReplicaId, News] = {}
         self._payloads: dict[str, bytes] = {}
         """Of the requests that were not handed to an agent yet."""
 
@@ -151,6 +153,8 @@ class Exchange:
 
     def _take_in_watcher(self, channel: Channel) -> None:
         self._watchers.add(channel)
+        for news in self._news.values():
+            channel.send(news)
         channel.deliver_to(lambda message: self._watcher_says(channel, message), lambda _: self._watchers.discard(channel))
 
     # What they say.
@@ -189,8 +193,13 @@ class Exchange:
             case _:
                 log.warning("agent %s says what control does not understand: %s", name, type(message).__name__)
         if isinstance(message, News):
-            for watcher in self._watchers:
-                watcher.send(message)
+            self._spread(message)
+
+    def _spread(self, news: News) -> None:
+        if news.replica is not None:
+            self._news[news.replica] = news
+        for watcher in self._watchers:
+            watcher.send(news)
 
     def _watcher_says(self, channel: Channel, message: Message) -> None:
         if isinstance(message, stream.SnapshotWanted):

@@ -1,0 +1,222 @@
+"""Control, an agent and real workers together: a request's way, and what becomes of it when something on the way dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chimera.core.replica import ReplicaState
+from chimera.engine.simulated import token_after
+from chimera.msg import actions, events, stream
+from chimera.msg.actions import RejectCode
+from chimera.msg.events import Outcome
+
+from tests.agent.rig import Answer, Front, alive, kill, model, on_gpu, parent, system
+
+PATIENCE_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def parent_socket() -> Iterator[Path]:
+    with parent() as socket:
+        yield socket
+
+
+async def end_of(answer: Answer) -> Answer:
+    await asyncio.wait_for(answer.ended.wait(), PATIENCE_S)
+    return answer
+
+
+async def begin_of(answer: Answer) -> None:
+    await asyncio.wait_for(answer.began.wait(), PATIENCE_S)
+
+
+async def test_a_request_goes_all_the_way_and_its_tokens_come_straight_back(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a")]) as (_, front):
+        assert await front.models.get() == "a"
+        answer = await end_of(front.ask("r", of="a", prompt=[7, 8], tokens=5))
+        assert answer.outcome is Outcome.LENGTH
+        assert answer.token_ids == [token_after("a", [7, 8], made, 256) for made in range(5)]
+
+
+async def test_a_request_is_held_until_its_model_is_there(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", load_s=0.2)]) as (_, front):
+        answer = front.ask("r", of="a")
+        assert (await front.snapshot()).waiting == {"a": 1}
+        assert (await end_of(answer)).outcome is Outcome.LENGTH
+        assert (await front.snapshot()).waiting == {}
+
+
+async def test_many_requests_of_two_models_all_end_and_nothing_is_kept(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", max_running=3), model("b")]) as (made, front):
+        answers = [front.ask(f"r{i}", of="ab"[i % 2], tokens=1 + i % 7) for i in range(200)]
+        for i, answer in enumerate(answers):
+            await end_of(answer)
+            assert answer.outcome is Outcome.LENGTH
+            assert len(answer.token_ids) == 1 + i % 7
+        await front.snapshot()
+        await settled(made.control._payloads, made.agent._held)
+
+
+async def settled(*tables: dict[str, object]) -> None:
+    """What ends a request at its front-end reaches the agent a moment earlier or later."""
+    deadline_s = time.monotonic() + PATIENCE_S
+    while any(tables):
+        assert time.monotonic() < deadline_s, f"something is kept: {tables}"
+        await asyncio.sleep(0)
+
+
+async def test_a_model_that_no_one_has_heard_of_is_refused(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a")]) as (_, front):
+        answer = await end_of(front.ask("r", of="nobody"))
+        assert isinstance(answer.verdict, actions.Reject)
+        assert answer.verdict.code == RejectCode.MODEL_NOT_FOUND
+
+
+async def test_a_model_without_a_seat_is_refused_at_once(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a"), model("b")], wanted=[on_gpu("a")]) as (_, front):
+        answer = await end_of(front.ask("r", of="b"))
+        assert isinstance(answer.verdict, actions.Reject)
+        assert answer.verdict.code == RejectCode.MODEL_NOT_LOADED
+
+
+async def test_a_client_that_leaves_stops_its_request_wherever_it_is(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.005, max_running=1)]) as (made, front):
+        running = front.ask("running", of="a", tokens=100_000)
+        waiting = front.ask("waiting", of="a", tokens=1)
+        await begin_of(running)
+        front.send(stream.Cancel(request_id="running"))
+        assert (await end_of(waiting)).outcome is Outcome.LENGTH, "the credit came back"
+        front.ask("other", of="a", tokens=100_000)
+        gone = front.ask("gone", of="a", tokens=1)
+        front.send(stream.Cancel(request_id="gone"))
+        front.send(stream.Cancel(request_id="other"))
+        assert (await end_of(front.ask("last", of="a"))).outcome is Outcome.LENGTH
+        assert not gone.began.is_set()
+        await settled(made.control._payloads, made.agent._held)
+
+
+async def test_a_killed_worker_ends_its_streams_in_one_error_and_its_model_comes_back(parent_socket: Path) -> None:
+    models = [model("a", step_s=0.005, max_running=1), model("b", step_s=0.005)]
+    async with system(parent_socket, models) as (made, front):
+        await made.until(events.ReplicaReady, 2)
+        broken = front.ask("broken", of="a", tokens=100_000)
+        queued = front.ask("queued", of="a", tokens=3)
+        other = front.ask("other", of="b", tokens=100)
+        await begin_of(broken)
+        await begin_of(other)
+        victim = next(w for w in made.agent._pool if w.replica is not None and w.replica.model == "a")
+        assert victim.vigil is not None
+        killed_s = time.monotonic()
+        kill(victim.vigil.pid)
+        await end_of(broken)
+        assert time.monotonic() - killed_s < 1.0
+        assert isinstance(broken.verdict, actions.Reject)
+        assert broken.verdict.code == RejectCode.WORKER_LOST
+        await made.until(events.ReplicaReady)
+        assert time.monotonic() - killed_s < 2.0
+        assert (await end_of(queued)).outcome is Outcome.LENGTH, "who only waited is served by the next life"
+        assert (await end_of(other)).outcome is Outcome.LENGTH, "others are untouched"
+
+
+async def test_a_worker_that_cannot_serve_is_given_up_and_says_why(parent_socket: Path) -> None:
+    broken = model("broken", no_such_setting=1)
+    async with system(parent_socket, [broken, model("a")]) as (_, front):
+        answer = await end_of(front.ask("r", of="broken"))
+        assert isinstance(answer.verdict, actions.Reject)
+        assert answer.verdict.code == RejectCode.MODEL_UNAVAILABLE
+        assert (await end_of(front.ask("s", of="a"))).outcome is Outcome.LENGTH
+
+
+async def test_control_dies_and_streams_go_on_and_models_are_learnt_again(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002)]) as (made, front):
+        await made.until(events.ReplicaReady)
+        pids = made.workers()
+        streaming = front.ask("streaming", of="a", tokens=300)
+        await begin_of(streaming)
+        await made.control.stop()
+        await made.start_control()
+        await made.until(events.ReplicaReady)
+        await front.meet_control()
+        assert (await end_of(streaming)).outcome is Outcome.LENGTH
+        assert len(streaming.token_ids) == 300
+        assert (await end_of(front.ask("new", of="a"))).outcome is Outcome.LENGTH
+        assert made.workers() == pids, "no worker was started for what lives"
+
+
+async def test_a_cancel_reaches_a_request_that_an_earlier_control_routed(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002, max_running=1)]) as (made, front):
+        old = front.ask("old", of="a", tokens=1_000_000)
+        await begin_of(old)
+        await made.control.stop()
+        await made.start_control()
+        await made.until(events.ReplicaReady)
+        await front.meet_control()
+        front.send(stream.Cancel(request_id="old"))
+        assert (await end_of(front.ask("new", of="a"))).outcome is Outcome.LENGTH
+
+
+async def test_the_agent_dies_and_its_workers_leave_and_its_requests_come_back(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002)]) as (made, front):
+        streaming = front.ask("streaming", of="a", tokens=100_000)
+        await begin_of(streaming)
+        old_pids = made.workers()
+        await made.agent._control.close()  # as when it is killed: its connections end, nobody is told anything
+        assert made.agent._pool._server is not None
+        made.agent._pool._stopping = True
+        await made.agent._pool._parent.close()
+        await made.agent._pool._server.close()
+        await end_of(streaming)
+        assert isinstance(streaming.verdict, actions.Requeue)
+        deadline_s = time.monotonic() + 1.0
+        while any(alive(pid) for pid in old_pids):
+            assert time.monotonic() < deadline_s, "a worker outlives its agent"
+            await asyncio.sleep(0.01)
+        await made.start_agent()
+        assert (await end_of(front.ask("again", of="a", tries=1))).outcome is Outcome.LENGTH
+
+
+async def test_a_front_end_dies_and_its_requests_are_called_off(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002, max_running=1)]) as (made, front):
+        stand_in = subprocess.Popen([sys.executable, "-S", "-c", "import signal; signal.pause()"])  # noqa: ASYNC220
+        dying = Front(made.run_dir, "front-1")
+        await dying.start(stand_in.pid)
+        running = dying.ask("running", of="a", tokens=1_000_000)
+        dying.ask("waiting", of="a", tokens=1_000_000)
+        await begin_of(running)
+        mine = front.ask("mine", of="a")
+        kill(stand_in.pid)
+        stand_in.wait()
+        assert (await end_of(mine)).outcome is Outcome.LENGTH
+        await settled(made.agent._held)
+        await dying.stop()
+
+
+async def test_a_front_end_whose_connection_breaks_keeps_its_streams(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002)]) as (_, front):
+        streaming = front.ask("streaming", of="a", tokens=200)
+        await begin_of(streaming)
+        assert front._control is not None
+        front._control.abort()
+        await front.meet_control(os.getpid())
+        assert (await end_of(streaming)).outcome is Outcome.LENGTH
+        assert (await end_of(front.ask("next", of="a"))).outcome is Outcome.LENGTH
+
+
+async def test_the_snapshot_shows_what_runs(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002)], gpu_count=2) as (made, front):
+        await made.until(events.ReplicaReady)
+        answers = [front.ask(f"r{i}", of="a", tokens=10_000) for i in range(3)]
+        for answer in answers:
+            await begin_of(answer)
+        while (view := (await front.snapshot()).replicas[0]).kv_used_tokens == 0:
+            pass  # a worker tells its counters a few times a second
+        assert view.state is ReplicaState.SERVING
+        assert (view.running, view.queued) == (3, 0)
+        assert len((await front.snapshot()).gpus) == 2
