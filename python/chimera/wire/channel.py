@@ -15,6 +15,7 @@ import logging
 import os
 from collections import deque
 from collections.abc import Awaitable, Callable
+from typing import cast
 
 from chimera.errors import ProtocolError
 from chimera.wire.address import MAX_UNSENT_BYTES, Address
@@ -112,8 +113,8 @@ class Channel(asyncio.Protocol):
     # What asyncio calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        # Not asserted: uvloop's transports are asyncio's in all but their class.
+        self._transport = cast(asyncio.Transport, transport)
         if self._on_open is not None:
             self._on_open(self)
 
