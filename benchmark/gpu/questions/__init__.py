@@ -1,0 +1,40 @@
+"""The questions that only a GPU can answer, a module each. Its docstring says what the answer decides; `answer()` finds it out.
+
+A question knows its device, its `Answer` and whether it is rehearsed; it knows nothing of the others, nor of how it is bounded.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    number: int
+    title: str
+    module: str
+    limit_s: float
+    """When it is cut. The sums of 2–5 and 7, and of 1, 6 and 8, each leave room in ten minutes."""
+
+    @property
+    def decides(self) -> str:
+        """What hangs on the answer, in the words of its module."""
+        return inspect.cleandoc(importlib.import_module(self.module).__doc__ or "")
+
+
+def _question(number: int, module: str, title: str, limit_s: float) -> Question:
+    return Question(number=number, title=title, module=f"{__name__}.{module}", limit_s=limit_s)
+
+
+QUESTIONS = (
+    _question(1, "serving", "does stock SGLang serve an 8B with the cut-down kernels", 240),
+    _question(2, "handles", "what creating, mapping and unmapping physical memory costs", 90),
+    _question(3, "ranges", "which tensors live over a partly mapped range, and how fast", 75),
+    _question(4, "layouts", "what strided reads of an interleaved pool cost", 120),
+    _question(5, "uploads", "how fast weights reach the device", 150),
+    _question(6, "footprint", "what a process costs before it has a model", 150),
+    _question(7, "forks", "whether a forked child gets a working device", 100),
+    _question(8, "neighbours", "what two decoding engines do to each other", 150),
+)

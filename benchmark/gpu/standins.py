@@ -1,0 +1,83 @@
+"""Lets SGLang 0.5.16 import on a machine that lacks packages it imports but, in this set-up, never calls; files for PYTHONPATH.
+
+SGLang's own processes start from a fresh interpreter, so what helps them must be a file that they find, not an object of ours.
+A package that the machine has is left alone; a stand-in's function that is called after all says so. A `sitecustomize` beside
+them lets SGLang register model names that a transformers newer than its pin knows already.
+"""
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+
+# package: modules of it that are imported by name
+MODULES: dict[str, tuple[str, ...]] = {
+    "IPython": ("display",),
+    "flashinfer": ("sampling",),
+    "xgrammar": (),
+}
+
+STANDIN = '''"""A stand-in: this package is not on this machine, and nothing here may call it."""
+
+
+def __getattr__(name):
+    if name.startswith("__"):
+        raise AttributeError(name)
+
+    def called(*arguments, **options):
+        raise RuntimeError(f"{__name__}.{name} was called, but only a stand-in for it is installed")
+
+    called.__name__ = called.__qualname__ = name
+    return called
+'''
+
+SITECUSTOMIZE = '''"""Before SGLang registers its model names, lets transformers accept one that it knows already."""
+
+import importlib.abc
+import runpy
+import sys
+from pathlib import Path
+
+
+def accept_known_names():
+    from transformers.models.auto import auto_factory, configuration_auto
+
+    for mapping in (configuration_auto._LazyConfigMapping, auto_factory._LazyAutoMapping):
+
+        def register(self, key, value, exist_ok=False, register=mapping.register):
+            return register(self, key, value, exist_ok=True)
+
+        mapping.register = register
+
+
+class BeforeSGLang(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == "sglang.srt.configs":
+            sys.meta_path.remove(self)
+            accept_known_names()
+
+
+sys.meta_path.insert(0, BeforeSGLang())
+
+# This file hides the interpreter's own sitecustomize, which must still run.
+for folder in sys.path:
+    own = Path(folder or ".", "sitecustomize.py").resolve()
+    if own != Path(__file__).resolve() and own.is_file():
+        runpy.run_path(str(own))
+        break
+'''
+
+
+def absent() -> list[str]:
+    """The packages of the table that this interpreter does not find."""
+    return [name for name in MODULES if importlib.util.find_spec(name) is None]
+
+
+def write(folder: Path, packages: Iterable[str]) -> None:
+    """Writes the stand-ins of `packages`, and the sitecustomize, under `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    for package in packages:
+        home = folder / package
+        home.mkdir(exist_ok=True)
+        for module in ("__init__", *MODULES[package]):
+            (home / f"{module}.py").write_text(STANDIN)
