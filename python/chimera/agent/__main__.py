@@ -29,8 +29,12 @@ def main() -> int:
     process.start_logging(f"agent/{arguments.name}", arguments.log_level)
     gpus = msgspec.json.decode(arguments.gpus.read_bytes(), type=tuple[Gpu, ...])
 
+    decisions = None if arguments.decisions is None else arguments.decisions.open("ab", buffering=0).write
+
     async def live(stop: asyncio.Event) -> None:
-        agent = Agent(name=arguments.name, agent_start=time.time_ns(), gpus=gpus, run_dir=arguments.run_dir)
+        agent = Agent(
+            name=arguments.name, agent_start=time.time_ns(), gpus=gpus, run_dir=arguments.run_dir, decisions=decisions
+        )
         await agent.start()
         await stop.wait()
         await agent.stop(arguments.drain_s)

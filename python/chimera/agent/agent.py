@@ -23,14 +23,12 @@ from chimera.errors import ProtocolError
 from chimera.msg import actions, events, stream
 from chimera.msg.actions import Action
 from chimera.sched.gpu import GpuInput
+from chimera.sched.log import Recorder
 from chimera.sched.node import NodeScheduler
 from chimera.wire.codec import Message
 from chimera.wire.link import Link
 
 log = logging.getLogger(__name__)
-
-Record = Callable[[float, GpuInput, list[Action]], None]
-"""Where each decision is written down."""
 
 Reported = events.RequestFinished | events.ReplicaReady | events.ReplicaStopped | events.ActivationFailed | events.WorkerLost
 """The events that control's scheduler hears of too."""
@@ -46,6 +44,8 @@ class _Held(msgspec.Struct):
 
 
 class Agent:
+    """`decisions` takes each line of the decision log."""
+
     def __init__(
         self,
         *,
@@ -53,12 +53,15 @@ class Agent:
         agent_start: int,
         gpus: tuple[Gpu, ...],
         run_dir: Path,
-        record: Record | None = None,
+        decisions: Callable[[bytes], object] | None = None,
     ) -> None:
         self.name = name
         self.scheduler = NodeScheduler(name, agent_start, [gpu.gpu_id for gpu in gpus])
         self._joined = events.AgentJoined(agent=name, agent_start=agent_start, gpus=gpus)
-        self._record = record
+        self._recorder = Recorder(self.scheduler)
+        self._decisions = decisions
+        if decisions is not None:
+            decisions(self._recorder.opening())
         self._held: dict[str, _Held] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._stopping = False
@@ -130,7 +133,8 @@ class Agent:
                 log.warning("worker=%s says what no agent understands: %s", worker.name, type(message).__name__)
 
     def _worker_lost(self, worker: Worker, reason: str) -> None:
-        log.warning("lost worker=%s replica=%s reason=%s", worker.name, worker.replica, reason)
+        level = logging.INFO if worker.replica is None else logging.WARNING
+        log.log(level, "lost worker=%s replica=%s reason=%s", worker.name, worker.replica, reason)
         self._report(events.WorkerLost(worker=worker.name, reason=reason, replica=worker.replica, epoch=worker.epoch))
 
     # Deciding, and telling control.
@@ -138,8 +142,8 @@ class Agent:
     def _decide(self, event: GpuInput) -> None:
         now = time.monotonic()
         decided = self.scheduler.on(event, now)
-        if self._record is not None:
-            self._record(now, event, decided)
+        if self._decisions is not None:
+            self._decisions(self._recorder.line(now, event, decided))
         for action in decided:
             self._perform(action)
 

@@ -169,7 +169,9 @@ class WorkerPool:
         self._watch(worker, pid)
         channel.deliver_to(lambda message: self._on_message(worker, message), lambda _: self._cut_off(worker))
         log.info("greeted worker=%s pid=%d", worker.name, pid)
-        if worker.activation is not None:
+        if self._stopping:
+            worker.send(Stop())
+        elif worker.activation is not None:
             worker.send(worker.activation)
 
     def _watch(self, worker: Worker, pid: int) -> None:

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import os
+import shutil
 import sys
 from pathlib import Path
 
 from chimera.control.charge import Charge
 from chimera.control.exchange import Exchange
 from chimera.wire import process
+
+LAST_OUT_S = 60.0
+"""How long the others, told to drain as well, may take to be gone."""
 
 
 def main() -> int:
@@ -22,11 +28,22 @@ def main() -> int:
     process.start_logging("control", arguments.log_level)
     charge = Charge.read(arguments.deployment)
 
+    decisions = None if arguments.decisions is None else arguments.decisions.open("ab", buffering=0).write
+
     async def live(stop: asyncio.Event) -> None:
-        exchange = Exchange(models=charge.models, wanted=charge.wanted, socket=arguments.run_dir / "control.sock")
+        exchange = Exchange(
+            models=charge.models, wanted=charge.wanted, socket=arguments.run_dir / "control.sock", decisions=decisions
+        )
+        starter = os.getppid()
         await exchange.start()
         await stop.wait()
+        orphaned = os.getppid() != starter
+        if orphaned:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(exchange.wait_until_alone(), LAST_OUT_S)
         await exchange.stop()
+        if orphaned:  # whoever made the directory was killed; the last one out removes it
+            shutil.rmtree(arguments.run_dir, ignore_errors=True)
 
     return process.run(live)
 

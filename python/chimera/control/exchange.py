@@ -20,14 +20,12 @@ from chimera.core.replica import ReplicaId
 from chimera.msg import actions, events, stream
 from chimera.msg.actions import Action
 from chimera.sched.control import ControlInput, ControlScheduler
+from chimera.sched.log import Recorder
 from chimera.wire.channel import Channel, Server, serve
 from chimera.wire.codec import Message
 from chimera.wire.vigil import Vigil
 
 log = logging.getLogger(__name__)
-
-Record = Callable[[float, ControlInput, list[Action]], None]
-"""Where each decision is written down."""
 
 AgentEvent = (
     events.AgentJoined
@@ -51,14 +49,27 @@ class _Front:
 
 
 class Exchange:
-    def __init__(self, *, models: Iterable[ModelSpec], wanted: Placement, socket: Path, record: Record | None = None) -> None:
+    """`decisions` takes each line of the decision log."""
+
+    def __init__(
+        self,
+        *,
+        models: Iterable[ModelSpec],
+        wanted: Placement,
+        socket: Path,
+        decisions: Callable[[bytes], object] | None = None,
+    ) -> None:
         self.scheduler = ControlScheduler(wanted)
         self._models = tuple(models)
         self._socket = socket
-        self._record = record
+        self._recorder = Recorder(self.scheduler)
+        self._decisions = decisions
+        if decisions is not None:
+            decisions(self._recorder.opening())
         self._server: Server | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._telemetry = Telemetry()
+        self._parted = asyncio.Event()
         self._fronts: dict[str, _Front] = {}
         self._agents: dict[str, Channel] = {}
         self._watchers: set[Channel] = set()
@@ -70,6 +81,12 @@ class Exchange:
         for model in self._models:
             self._decide(events.ModelRegistered(model=model))
         self._server = await serve(self._socket, self._greet)
+
+    async def wait_until_alone(self) -> None:
+        """Until the last front-end and the last agent are gone."""
+        while self._fronts or self._agents:
+            self._parted.clear()
+            await self._parted.wait()
 
     async def stop(self) -> None:
         if self._timer is not None:
@@ -124,8 +141,14 @@ class Exchange:
         front.channel.close()
         if self._fronts.get(front.name) is front:
             del self._fronts[front.name]
+            self._parted.set()
         open_requests = self.scheduler.requests_of(front.name)
-        log.warning("front-end %s is gone requests=%d", front.name, len(open_requests))
+        log.log(
+            logging.WARNING if open_requests else logging.INFO,
+            "front-end %s is gone requests=%d",
+            front.name,
+            len(open_requests),
+        )
         for request_id in open_requests:
             self._payloads.pop(request_id, None)
             self._decide(events.RequestCancelled(request_id=request_id))
@@ -147,6 +170,7 @@ class Exchange:
         if self._agents.get(name) is not channel:
             return
         del self._agents[name]
+        self._parted.set()
         channel.close()
         log.warning("agent %s is gone reason=%s", name, reason)
         self._decide(events.AgentLost(agent=name, reason=reason))
@@ -221,8 +245,8 @@ class Exchange:
     def _decide(self, event: ControlInput) -> list[Action]:
         now = time.monotonic()
         decided = self.scheduler.on(event, now)
-        if self._record is not None:
-            self._record(now, event, decided)
+        if self._decisions is not None:
+            self._decisions(self._recorder.line(now, event, decided))
         for action in decided:
             self._perform(action)
         return decided

@@ -1,0 +1,41 @@
+"""The one port that all front-ends share: found to be free, held while the server runs, reached from this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+from chimera.errors import ConfigError
+
+
+@contextlib.contextmanager
+def reserve(host: str, port: int) -> Iterator[int]:
+    """Hold the port (0: one that is free) for our front-ends, also while none of them listens. Yields its number."""
+    family, _, _, _, address = _resolve(host, port)
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)  # alone: with SO_REUSEPORT two servers of one user could share it unnoticed
+            address = probe.getsockname()
+        holder = socket.socket(family, socket.SOCK_STREAM)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(address)
+    except OSError as fault:
+        hint = "another server is running there; choose with --port" if port else ""
+        raise ConfigError.single("--port", f"cannot listen on {host}:{port}: {fault.strerror}", hint=hint) from None
+    with holder:
+        yield int(address[1])
+
+
+def _resolve(host: str, port: int) -> tuple[int, int, int, str, tuple[object, ...]]:
+    try:
+        return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except socket.gaierror as fault:
+        raise ConfigError.single("--host", f"{host!r} is no address of this machine: {fault.strerror}") from None
+
+
+def reachable(host: str) -> str:
+    """Where a client of this machine finds a server that listens on `host`."""
+    return {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}.get(host, host)

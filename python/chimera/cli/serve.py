@@ -1,0 +1,91 @@
+"""`chimera serve FILE | MODEL…`: reads what is asked for and hands it to the supervisor."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from chimera.cli.supervisor import Service, Supervisor
+from chimera.config.deployment import Deployment, deployment_of_models, load_placement
+from chimera.config.nvml import read_nvml
+from chimera.config.virtual_gpus import PAGE_BYTES, parse_virtual_gpus
+from chimera.core.gpu import Gpu
+from chimera.errors import ConfigError
+from chimera.units import parse_seconds
+
+PLACEMENT_FILES = (".json", ".yaml", ".yml")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "what", nargs="+", metavar="FILE|MODEL", help="one placement file (JSON, YAML), or models: folders, hub ids"
+    )
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on (default: %(default)s, this machine only)"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="0 takes one that is free (default: %(default)s)")
+    parser.add_argument("--virtual-gpus", metavar="8x2GiB", help="memory budgets of this host that stand in for GPUs")
+    parser.add_argument("--static", action="store_true", help="KV pools are reserved, so their sums have to fit")
+    parser.add_argument("--engine", choices=("sglang", "simulated"), default="sglang", help="default: %(default)s")
+    parser.add_argument("--fronts", type=int, default=1, help="front-end processes that share the port (default: %(default)s)")
+    parser.add_argument("--drain", metavar="30s", default="30s", help="how long open answers may go on after Ctrl-C")
+    parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
+    parser.add_argument("--log-dir", type=Path, help="keep a log of each process, and every decision, in this folder")
+    parser.add_argument("--run-dir", type=Path, help="where the sockets go (default: a new private folder)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    if not 1 <= arguments.fronts <= 64:
+        raise ConfigError.single("--fronts", f"{arguments.fronts} front-ends: 1 to 64 are possible")
+    deployment = _deployment(arguments)
+    if arguments.log_dir is not None:
+        arguments.log_dir.mkdir(parents=True, exist_ok=True)
+    service = Service(
+        models=deployment.models,
+        wanted=deployment.placement,
+        gpus=deployment.gpus,
+        engine=arguments.engine,
+        host=arguments.host,
+        port=arguments.port,
+        fronts=arguments.fronts,
+        drain_s=_seconds(arguments.drain),
+        log_level=arguments.log_level,
+        log_dir=arguments.log_dir,
+        run_dir=arguments.run_dir,
+    )
+    return asyncio.run(_supervise(service))
+
+
+async def _supervise(service: Service) -> int:
+    return await Supervisor(service, _say).run()
+
+
+def _say(line: str) -> None:
+    print(f"chimera: {line}", flush=True)
+
+
+def _deployment(arguments: argparse.Namespace) -> Deployment:
+    gpus = parse_virtual_gpus(arguments.virtual_gpus, source="--virtual-gpus") if arguments.virtual_gpus else _real_gpus()
+    first = Path(arguments.what[0])
+    if first.suffix.lower() in PLACEMENT_FILES and not first.is_dir():
+        if len(arguments.what) > 1:
+            raise ConfigError.single("serve", f"one placement file, or models; not {first} and {arguments.what[1]}")
+        return load_placement(first, gpus, elastic=not arguments.static)
+    return deployment_of_models(arguments.what, gpus)
+
+
+def _real_gpus() -> tuple[Gpu, ...] | None:
+    """The machine's own; `None` where there are none."""
+    found = tuple(
+        Gpu(gpu_id=gpu.index, capacity_bytes=gpu.total_bytes // PAGE_BYTES * PAGE_BYTES, page_bytes=PAGE_BYTES, name=gpu.name)
+        for gpu in read_nvml().gpus
+    )
+    return found or None
+
+
+def _seconds(text: str) -> float:
+    try:
+        return parse_seconds(text)
+    except ValueError as fault:
+        raise ConfigError.single("--drain", str(fault)) from None

@@ -1,0 +1,362 @@
+"""The process behind `chimera serve`: starts the others, starts again those that die, and lets nobody outlive it.
+
+Owns the processes, the run directory and the port. Serves nothing itself and decides nothing about models; it reads the news
+from control only to tell how the start goes. Workers are not its children but come to it when their parent dies, so at the
+end it can make sure of everyone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import msgspec
+
+from chimera.cli import port as port_of
+from chimera.cli import run_dir
+from chimera.control.charge import Charge
+from chimera.core.gpu import Gpu
+from chimera.core.model import ModelSpec
+from chimera.core.placement import Placement
+from chimera.core.replica import ReplicaId
+from chimera.msg.events import ActivationFailed, ReplicaReady
+from chimera.msg.stream import Hello
+from chimera.wire.codec import Message
+from chimera.wire.link import Link
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+SHORT_LIFE_S = 5.0
+MOST_SHORT_LIVES = 5
+"""A process that dies so often, each time so soon, will not be helped by starting it again."""
+FIRST_PAUSE_S = 0.1
+LEAVE_S = 5.0
+"""What a process without work is given to leave in order."""
+PORT_IN_USE = 2
+"""The exit status by which a front-end says so."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """What is to be served, and how."""
+
+    models: tuple[ModelSpec, ...]
+    wanted: Placement
+    gpus: tuple[Gpu, ...]
+    engine: str = "sglang"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    fronts: int = 1
+    drain_s: float = 30.0
+    log_level: str = "warning"
+    log_dir: Path | None = None
+    """Where logs and decisions are kept; else logs go to standard error and decisions go with the run directory."""
+    run_dir: Path | None = None
+
+
+class Child:
+    """One of the processes, through all its lives."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
+        self.name = name
+        self.command = command
+        self.process: subprocess.Popen[bytes] | None = None
+        self.started_s = 0.0
+        self.short_lives = 0
+        self.gone = asyncio.Event()
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.process is not None and not self.gone.is_set():
+            self.process.send_signal(number)
+
+
+class Supervisor:
+    def __init__(self, service: Service, say: Callable[[str], None]) -> None:
+        self._service = service
+        self._say = say
+        self._began_s = time.monotonic()
+        self._dir = Path()
+        self._children: list[Child] = []
+        self._preloaded = False
+        self._status = 0
+        self._told = asyncio.Event()
+        """To stop, by a signal or because there is no use in going on."""
+        self._hurry = asyncio.Event()
+        self._waiting_for = {seat.replica for seat in service.wanted.seats}
+        self._failures: dict[ReplicaId, int] = {}
+        self._ready_models: set[ReplicaId] = set()
+        self._settled = asyncio.Event()
+        if not self._waiting_for:
+            self._settled.set()
+
+    async def run(self) -> int:
+        """From the first process to the last; returns the exit status."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._tell)
+        loop.add_signal_handler(signal.SIGCHLD, self._reap)
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        with port_of.reserve(self._service.host, self._service.port) as port:
+            self._dir = run_dir.make(self._service.run_dir)
+            starting = asyncio.create_task(self._start(port))
+            try:
+                await self._told.wait()
+            finally:
+                starting.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await starting
+                await self._stop()
+                run_dir.remove(self._dir)
+        return self._status
+
+    # Starting.
+
+    async def _start(self, port: int) -> None:
+        service = self._service
+        Charge(models=service.models, wanted=service.wanted).write(self._dir / "deployment.json")
+        (self._dir / "gpus.json").write_bytes(msgspec.json.encode(service.gpus))
+        self._say(f"{_count(len(service.models), 'model')} on {_gpus(service.gpus)}, engine {service.engine}")
+        self._children = self._cast(port)
+        for child in self._children:
+            self._launch(child)
+        news = Link(self._dir / "control.sock", on_open=lambda: self._greet(news), on_message=self._hear)
+        news.start()
+        try:
+            await self._parent_ready()
+            self._preloaded = True
+            self._say(f"engine preloaded ({self._elapsed})")
+            await self._fronts_ready(port)
+            await self._settled.wait()
+        finally:
+            await news.close()
+        self._announce(port)
+
+    def _cast(self, port: int) -> list[Child]:
+        """Everyone, in the order in which they are started; they find each other by their sockets, whoever comes first."""
+        service, folder = self._service, str(self._dir)
+        decisions = service.log_dir or self._dir
+        level = ["--log-level", service.log_level]
+        parent = ["chimera.worker.parent", "--socket", str(self._dir / "parent.sock"), "--engine", service.engine]
+        control = ["chimera.control", "--run-dir", folder, "--deployment", str(self._dir / "deployment.json")]
+        agent = ["chimera.agent", "--run-dir", folder, "--name", "local", "--gpus", str(self._dir / "gpus.json")]
+        front = ["chimera.server", "--run-dir", folder, "--host", service.host, "--port", str(port)]
+        drain = ["--drain-s", str(service.drain_s)]
+        return [
+            _child("parent", *parent, *level),
+            _child("control", *control, "--decisions", str(decisions / "control.decisions.jsonl"), *level),
+            _child("agent-local", *agent, "--decisions", str(decisions / "agent-local.decisions.jsonl"), *drain, *level),
+            *(_child(f"front-{i}", *front, "--name", f"front-{i}", *drain, *level) for i in range(service.fronts)),
+        ]
+
+    def _launch(self, child: Child) -> None:
+        supervisor = os.getpid()
+
+        def tie() -> None:
+            """In the child: go when the supervisor goes, however it goes; and at once if it is gone already."""
+            _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != supervisor:
+                os._exit(1)
+
+        child.started_s = time.monotonic()
+        child.gone.clear()
+        with self._log_of(child) as log:
+            # A group of its own: a terminal's Ctrl-C is for us to translate.
+            child.process = subprocess.Popen(
+                child.command, stdin=subprocess.DEVNULL, stderr=log, process_group=0, preexec_fn=tie
+            )
+
+    @contextlib.contextmanager
+    def _log_of(self, child: Child) -> Iterator[IO[bytes] | None]:
+        if self._service.log_dir is None:
+            yield None
+            return
+        with (self._service.log_dir / f"{child.name}.log").open("ab") as log:
+            yield log
+
+    async def _parent_ready(self) -> None:
+        listening = asyncio.Event()
+        link = Link(self._dir / "parent.sock", on_open=listening.set, on_message=lambda _: None)
+        link.start()
+        try:
+            await listening.wait()
+        finally:
+            await link.close()
+
+    async def _fronts_ready(self, port: int) -> None:
+        """Until one answers; those that share its port come up beside it."""
+        listening = asyncio.Event()
+        link = Link((port_of.reachable(self._service.host), port), on_open=listening.set, on_message=lambda _: None)
+        link.start()
+        try:
+            await listening.wait()
+        finally:
+            await link.close()
+
+    def _greet(self, news: Link) -> None:
+        news.send(Hello(role="cli", name="supervisor", pid=os.getpid()))
+
+    def _hear(self, message: Message) -> None:
+        match message:
+            case ReplicaReady(replica=replica) if replica not in self._ready_models:
+                self._ready_models.add(replica)
+                self._progress(replica, f"ready in {message.load_s:.1f} s")
+            case ActivationFailed(replica=replica):
+                self._failures[replica] = self._failures.get(replica, 0) + 1
+                if message.permanent or self._failures[replica] == 3:
+                    self._progress(replica, f"cannot be served: {message.reason}")
+            case _:
+                return
+        if not self._waiting_for:
+            self._settled.set()
+
+    def _progress(self, replica: ReplicaId, what: str) -> None:
+        if replica in self._waiting_for:
+            self._waiting_for.discard(replica)
+            total = len(self._service.wanted.seats)
+            self._say(f"[{total - len(self._waiting_for)}/{total}] {replica.model} {what}")
+
+    def _announce(self, port: int) -> None:
+        total, ready = len(self._service.wanted.seats), len(self._ready_models)
+        if total and not ready:
+            self._give_up("no model could be brought up")
+            return
+        host = port_of.reachable(self._service.host)
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        short = "" if ready == total else f", {total - ready} of {total} models missing"
+        self._say(f"ready in {self._elapsed}: {url}{short} (Ctrl-C stops)")
+
+    @property
+    def _elapsed(self) -> str:
+        return f"{time.monotonic() - self._began_s:.1f} s"
+
+    # Watching.
+
+    def _tell(self) -> None:
+        """A signal: the first drains, the second does not wait."""
+        if self._told.is_set():
+            self._hurry.set()
+        self._told.set()
+
+    def _give_up(self, why: str) -> None:
+        self._say(f"giving up: {why}")
+        self._status = 1
+        self._told.set()
+
+    def _reap(self) -> None:
+        """Somebody is gone: one of ours, or a worker that came to us when its parent died."""
+        while True:
+            try:
+                gone = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:
+                return
+            if gone is None:
+                return
+            child = next((c for c in self._children if c.process is not None and c.process.pid == gone.si_pid), None)
+            if child is not None and child.process is not None:
+                status = gone.si_status if gone.si_code == os.CLD_EXITED else -gone.si_status
+                child.process.returncode = status
+                self._lost(child, status)
+
+    def _lost(self, child: Child, status: int) -> None:
+        child.gone.set()
+        if self._told.is_set():
+            return
+        how = f"exit {status}" if status >= 0 else signal.Signals(-status).name
+        if child.name.startswith("front") and status == PORT_IN_USE:
+            self._give_up(f"port {self._service.port} was taken by somebody else")
+            return
+        if child.name == "parent" and status > 0 and not self._preloaded:
+            self._give_up(f"the engine {self._service.engine} cannot be loaded ({how})")
+            return
+        child.short_lives = child.short_lives + 1 if time.monotonic() - child.started_s < SHORT_LIFE_S else 0
+        if child.short_lives >= MOST_SHORT_LIVES:
+            self._give_up(f"{child.name} dies again and again ({how})")
+            return
+        self._say(f"{child.name} died ({how}); it is started again")
+        pause_s = 0.0 if child.short_lives <= 1 else FIRST_PAUSE_S * 2.0**child.short_lives
+        asyncio.get_running_loop().call_later(pause_s, self._relaunch, child)
+
+    def _relaunch(self, child: Child) -> None:
+        if self._told.is_set():
+            return
+        if child.name == "parent":
+            for left in self._dir.glob("parent.*"):
+                left.unlink()
+        self._launch(child)
+
+    # Stopping.
+
+    async def _stop(self) -> None:
+        """Front-ends first, while everyone is there to finish their answers; then control, which would want the models
+        back; then the agent and its workers; then whoever is left."""
+        fronts = [child for child in self._children if child.name.startswith("front")]
+        control = [child for child in self._children if child.name == "control"]
+        if self._children and not self._hurry.is_set():
+            self._say(f"stopping: open answers have {self._service.drain_s:g} s (Ctrl-C again stops at once)")
+        for group, patience_s in ((fronts, self._service.drain_s + LEAVE_S), (control, LEAVE_S), (self._children, LEAVE_S)):
+            for child in group:
+                child.signal(signal.SIGTERM)
+            await self._all_gone(group, patience_s)
+        self._end_everyone()
+
+    async def _all_gone(self, group: list[Child], patience_s: float) -> None:
+        """Until the last of the group has left, or patience ends, or the operator's does."""
+        if self._hurry.is_set():
+            return
+        hurry = asyncio.create_task(self._hurry.wait())
+        everyone = asyncio.create_task(self._last_of(group))
+        await asyncio.wait([everyone, hurry], timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        everyone.cancel()
+        await asyncio.gather(hurry, everyone, return_exceptions=True)
+
+    async def _last_of(self, group: list[Child]) -> None:
+        for child in group:
+            if child.process is not None:
+                await child.gone.wait()
+
+    def _end_everyone(self) -> None:
+        """Kill what is left, generation after generation: the orphans of the killed come to us."""
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
+        while pids := _child_pids():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for pid in pids:
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+        for child in self._children:
+            if child.process is not None and child.process.returncode is None:
+                child.process.returncode = -signal.SIGKILL
+
+
+def _child(name: str, module: str, *arguments: str) -> Child:
+    return Child(name, [sys.executable, "-m", module, *arguments])
+
+
+def _child_pids() -> list[int]:
+    return [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+
+
+def _prctl(option: int, value: int) -> None:
+    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _gpus(gpus: tuple[Gpu, ...]) -> str:
+    virtual = "virtual " if gpus and gpus[0].virtual else ""
+    return _count(len(gpus), f"{virtual}GPU")
