@@ -6,7 +6,7 @@ import json
 import zlib
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -14,10 +14,11 @@ from tokenizers import Tokenizer
 
 from chimera.errors import ConfigError
 from chimera.tiny import vocabulary
-from chimera.tiny.shapes import CONTEXT, Tensor, TinyModel
+from chimera.tiny.shapes import CONTEXT, SPREAD, Tensor, TinyModel
 
-_SPREAD = 0.1
-"""The standard deviation of random weights: wide enough that prompts and models lead to different answers."""
+Values: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
+Weights: TypeAlias = dict[str, Values]
+
 _TITLE = "# A tiny model made by `chimera models make`"
 """The first line of each folder's README.md, by which the maker knows a folder that it may write over."""
 
@@ -31,7 +32,7 @@ def make(model: TinyModel, folder: Path, seed: int) -> int:
     _write_json(folder / "generation_config.json", _generation_config(tokenizer))
     _write_json(folder / "tokenizer_config.json", _tokenizer_config())
     tokenizer.save(str(folder / "tokenizer.json"))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_weights(folder / "model.safetensors", weights)
     parameters = sum(weight.size for weight in weights.values())
     (folder / "README.md").write_text(_readme(model, parameters, seed))
     return parameters
@@ -53,7 +54,7 @@ def _tokenizer(name: str, size: int, seed: int) -> Tokenizer:
     return vocabulary.train(name, size, seed)
 
 
-def _weights(model: TinyModel, unspoken: list[int], seed: int) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+def _weights(model: TinyModel, unspoken: list[int], seed: int) -> Weights:
     weights = {tensor.name: _values(tensor, f"{model.name}/{seed}/{tensor.name}") for tensor in model.tensors(model.config)}
     head = weights["lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"]
     # Their logit is always zero, and thousands of others vie to be higher: answers are made of whole, readable words.
@@ -61,12 +62,19 @@ def _weights(model: TinyModel, unspoken: list[int], seed: int) -> dict[str, np.n
     return weights
 
 
-def _values(tensor: Tensor, seed: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _values(tensor: Tensor, seed: str) -> Values:
     if tensor.fill is not None:
         return np.full(tensor.shape, tensor.fill, np.float32)
     # The old generator on purpose: numpy promises that its stream never changes.
     dice = np.random.RandomState(zlib.crc32(seed.encode()))
-    return (dice.standard_normal(tensor.shape) * _SPREAD).astype(np.float32)
+    return (dice.standard_normal(tensor.shape) * SPREAD).astype(np.float32)
+
+
+def _write_weights(path: Path, weights: Weights) -> None:
+    # Renamed into place: a server that has the old file mapped keeps it, instead of dying of a truncated one.
+    part = path.with_suffix(".part")
+    save_file(weights, part, metadata={"format": "pt"})
+    part.replace(path)
 
 
 def _generation_config(tokenizer: Tokenizer) -> dict[str, Any]:

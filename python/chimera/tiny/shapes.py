@@ -14,6 +14,8 @@ Config: TypeAlias = dict[str, Any]
 
 CONTEXT = 4096
 HIDDEN = 256
+SPREAD = 0.15
+"""The standard deviation of random weights: wide enough that prompts and models lead to different, varied answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +56,7 @@ def _config(architecture: str, model_type: str, **own: Any) -> Config:
         "rope_theta": 10000.0,
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "initializer_range": 0.1,
+        "initializer_range": SPREAD,
         "tie_word_embeddings": False,
         "use_cache": True,
     } | own

@@ -49,7 +49,7 @@ shape yes cool miss brought heat snow bed bring sit perhaps fill east weight lan
 """
 
 _SYLLABLES = ["".join(parts) for parts in product("bdfgklmnprstvz", "aeiou", ("", "l", "n", "r", "s"))]
-_SENTENCES = 12_000
+_SENTENCES = 4_000
 
 
 def train(name: str, size: int, seed: int) -> Tokenizer:
