@@ -22,6 +22,7 @@ from chimera.vmm.driver import Handle, Run, TrackedDriver
 
 HUGE_PAGE_BYTES: Final = 2 * MIB
 SMALLEST_GRANULE_BYTES: Final = 64 * KIB
+_FILE_BYTES: Final = 1 << 46
 
 # The three that the standard library does not name, as every Linux has them.
 _PROT_NONE: Final = 0
@@ -50,7 +51,7 @@ class HostDriver(TrackedDriver):
         if granularity < SMALLEST_GRANULE_BYTES or granularity % SMALLEST_GRANULE_BYTES:
             raise DriverError("open", errno.EINVAL, granularity, f"a granule is a multiple of {SMALLEST_GRANULE_BYTES} bytes")
         super().__init__(granularity)
-        self._file = os.memfd_create("chimera-pages", os.MFD_CLOEXEC)
+        self._file = _sparse_file()
         self._stretches = _Stretches()
         # A granule smaller than a huge page would be punched out of the middle of one, which splits it at every shrink.
         self._huge = granularity % HUGE_PAGE_BYTES == 0
@@ -81,15 +82,9 @@ class HostDriver(TrackedDriver):
         _check("munmap", _munmap(start, nbytes + align), nbytes)
 
     def _create(self, nbytes: int, count: int) -> list[int]:
-        places = self._stretches.take(nbytes, count)
-        try:
-            if self._stretches.end > os.fstat(self._file).st_size:
-                os.ftruncate(self._file, self._stretches.end)
-        except OSError as error:
-            for place in places:
-                self._stretches.give(place, nbytes)
-            raise DriverError("ftruncate", error.errno or 0, nbytes * count, os.strerror(error.errno or 0)) from error
-        return places
+        if self._file < 0:
+            raise DriverError("create", errno.EBADF, nbytes * count, "the driver is closed")
+        return self._stretches.take(nbytes, count)
 
     def _released_together(self, handles: Collection[Handle]) -> Iterable[Sequence[Handle]]:
         """One hole for neighbours in the file."""
@@ -171,6 +166,17 @@ class _Stretches:
                     self._sizes[start + nbytes] = size - nbytes
                 return start
         return None
+
+
+def _sparse_file() -> int:
+    """An anonymous file as long as it can ever need to be: growing one step by step would wait for every hole being punched."""
+    file = os.memfd_create("chimera-pages", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(file, _FILE_BYTES)
+    except OSError as error:
+        os.close(file)
+        raise DriverError("ftruncate", error.errno or 0, _FILE_BYTES, "is there a limit on file size (ulimit -f)?") from error
+    return file
 
 
 def _map_at(address: int | None, nbytes: int, protection: int, flags: int, file: int = -1, place: int = 0) -> int:

@@ -1,0 +1,244 @@
+"""A KV pool that grows and shrinks in stripes under tensors that never move.
+
+Owns which stripes are present, and the way out of each: chosen, withheld, empty, fenced, gone. Knows no engine: it says
+which slots must be freed, and whoever holds them frees them. Everything here is called by one thread, the engine's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from chimera.core.lease import LeaseClass
+from chimera.errors import DriverError
+from chimera.kv.arena import Arena
+from chimera.kv.fence import Fence, Passed, immediate
+from chimera.kv.layout import Layout
+from chimera.kv.reserve import Departure, Reserve
+from chimera.kv.slots import SlotAllocator
+from chimera.kv.victims import Chooser, StripeState, StripeView, emptiest
+
+
+class ElasticPool:
+    """Stripes of one layout from one reserve. Several pools whose reserves share a budget live under one lease.
+
+    The first stripe to come is number 0, and it stays until `close`: slot 0 is where engines write what nobody reads.
+
+    A shrink takes its time: `shrink` chooses stripes and withholds their free slots, `slots.on_leaving` tells the engine
+    what to evict, and `tick`, called once per step and when idle, lets go of what has become empty after the last step that
+    could have read it. A `grow` meanwhile first calls back stripes that are still leaving.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        reserve: Reserve,
+        *,
+        block_slots: int = 1,
+        device: torch.device | str = "cpu",
+        fence: Fence = immediate,
+        lease_class: LeaseClass = LeaseClass.KV,
+        checked: bool = False,
+    ) -> None:
+        if (reserve.handle_bytes, reserve.handles_per_stripe) != (layout.handle_bytes, layout.handles_per_stripe):
+            raise ValueError(
+                f"the reserve makes stripes of {reserve.handles_per_stripe} × {reserve.handle_bytes} bytes, "
+                f"the layout wants {layout.handles_per_stripe} × {layout.handle_bytes}"
+            )
+        self.layout = layout
+        self.reserve = reserve
+        self.slots = SlotAllocator(
+            stripes=layout.stripes,
+            slots_per_stripe=layout.slots_per_stripe,
+            block_slots=block_slots,
+            device=device,
+            checked=checked,
+        )
+        self._arena = Arena(reserve.driver, layout.range_bytes, lease_class=lease_class, device=torch.device(device))
+        self._fence = fence
+        self._states = [StripeState.ABSENT] * layout.stripes
+        self._fenced: dict[int, Passed] = {}
+        """Stripes found empty, and the fence each waits for."""
+        self._departures: list[tuple[Departure, list[int]]] = []
+
+    @property
+    def stripe_bytes(self) -> int:
+        return self.reserve.stripe_bytes
+
+    @property
+    def staying_stripes(self) -> int:
+        """Present, and not asked to leave: the pool's level."""
+        return self._states.count(StripeState.MAPPED)
+
+    @property
+    def present_stripes(self) -> int:
+        """With memory under them, on their way out or not."""
+        return self.layout.stripes - self._states.count(StripeState.ABSENT)
+
+    @property
+    def leaving(self) -> frozenset[int]:
+        return self.slots.leaving
+
+    @property
+    def mapped_bytes(self) -> int:
+        return self.present_stripes * self.stripe_bytes
+
+    def tensors(self) -> dict[str, list[torch.Tensor]]:
+        """By plane, one tensor per layer over all slots that could ever be. Reading an absent stripe is a fault."""
+        self._require_open()
+        dtype = self.layout.kind.dtype
+        return self.layout.views(
+            lambda offset, shape, strides: self._arena.tensor(offset=offset, shape=shape, strides=strides, dtype=dtype)
+        )
+
+    def census(self, evictable: torch.Tensor | None = None) -> list[StripeView]:
+        """Every stripe as it is now; `evictable` are slots that could be freed at once. Waits for the device."""
+        self._require_open()
+        free = [blocks * self.slots.block_slots for blocks in self.slots.count().free_blocks]
+        could_go = [0] * self.layout.stripes if evictable is None else self.slots.tally(evictable).tolist()
+        return [self._view(stripe, free[stripe], could_go[stripe]) for stripe in range(self.layout.stripes)]
+
+    def grow(self, stripes: int) -> int:
+        """Up to this many more stripes staying; how many it became is the answer.
+
+        Fewer come when the budget is used up, when the reserved addresses are, or while the addresses of departing stripes
+        are not yet free again. What the driver refuses is raised, and nothing has changed then.
+        """
+        self._require_open()
+        self._collect()
+        if stripes <= 0:
+            return 0
+        called_back = self._call_back(stripes)
+        absent = [stripe for stripe, state in enumerate(self._states) if state is StripeState.ABSENT]
+        return called_back + self._bring(absent[: stripes - called_back])
+
+    def shrink(self, stripes: int, choose: Chooser = emptiest) -> list[int]:
+        """Ask up to this many stripes to leave; those that shall are the answer. Waits for the device, to count.
+
+        Stripe 0 is never asked. What the chosen ones still hold is for the caller to evict: see `slots.on_leaving`.
+        """
+        self._require_open()
+        stripes = min(stripes, self.staying_stripes - 1)
+        if stripes <= 0:
+            return []
+        candidates = [view for view in self.census() if view.state is StripeState.MAPPED and view.stripe != 0]
+        chosen = list(choose(candidates, stripes))[:stripes]
+        if not {view.stripe for view in candidates}.issuperset(chosen) or len(set(chosen)) != len(chosen):
+            raise ValueError(f"{chosen} are not stripes that may leave")
+        self.slots.withhold(chosen)
+        for stripe in chosen:
+            self._states[stripe] = StripeState.LEAVING
+        return chosen
+
+    def resize(self, stripes: int, choose: Chooser = emptiest) -> int:
+        """Grow or begin to shrink towards a level; the level reached is the answer."""
+        level = self.staying_stripes
+        if stripes > level:
+            self.grow(stripes - level)
+        elif stripes < level:
+            self.shrink(level - stripes, choose)
+        return self.staying_stripes
+
+    def tick(self) -> int:
+        """Bring everyone who is leaving a step further, without waiting; how many stripes have gone since the last call."""
+        self._require_open()
+        if self.slots.finish_count():
+            self.slots.begin_count()
+            self.slots.finish_count()
+        if self.slots.leaving:
+            self._fence_the_empty()
+            self._see_off()
+        if not self.reserve.has_thread:
+            self.reserve.work()
+        gone = self._collect()
+        self.reserve.check()
+        return gone
+
+    def close(self) -> None:
+        """Give back every stripe, used or not, and the addresses. The tensors are dead from here on."""
+        if not self._arena.is_open:
+            return
+        self.reserve.settle()
+        self.slots.close()
+        handles = self._arena.unmap_all()
+        self._states = [StripeState.ABSENT] * self.layout.stripes
+        self._arena.close()
+        self.reserve.put(handles)
+
+    def _bring(self, stripes: Sequence[int]) -> int:
+        handles = self.reserve.take(len(stripes))
+        stripes = stripes[: len(handles) // self.layout.handles_per_stripe]
+        offsets = sorted(offset for stripe in stripes for offset in self.layout.offsets(stripe))
+        try:
+            # Both ascending: neighbours in memory become neighbours in addresses, which a driver maps in one call.
+            self._arena.map(dict(zip(offsets, handles, strict=True)))
+        except DriverError:
+            self.reserve.put(handles)
+            raise
+        for stripe in stripes:
+            self._states[stripe] = StripeState.MAPPED
+        self.slots.add(stripes)
+        return len(stripes)
+
+    def _call_back(self, stripes: int) -> int:
+        """Those with the most in use first: they would have been the last to go."""
+        if not self.slots.leaving:
+            return 0
+        free = self.slots.count().free_blocks
+        back = sorted(self.slots.leaving, key=lambda stripe: free[stripe])[:stripes]
+        self.slots.restore(back)
+        for stripe in back:
+            self._states[stripe] = StripeState.MAPPED
+            self._fenced.pop(stripe, None)
+        return len(back)
+
+    def _fence_the_empty(self) -> None:
+        new = [stripe for stripe in self.slots.emptied() if stripe not in self._fenced]
+        if new:
+            self._fenced.update(dict.fromkeys(new, self._fence()))
+
+    def _see_off(self) -> None:
+        """Stripes whose fence has passed leave together, so that neighbours share a call."""
+        passed = [stripe for stripe, fence in self._fenced.items() if fence()]
+        if not passed:
+            return
+        self.slots.drop(passed)
+        for stripe in passed:
+            del self._fenced[stripe]
+            self._states[stripe] = StripeState.DEPARTING
+        offsets = [offset for stripe in passed for offset in self.layout.offsets(stripe)]
+        self._departures.append((self.reserve.depart(self._arena, offsets), passed))
+
+    def _collect(self) -> int:
+        """Take note of departures that have ended. One that was refused leaves its stripes usable."""
+        gone = 0
+        for entry in list(self._departures):
+            departure, stripes = entry
+            if not departure.done and departure.error is None:
+                continue
+            self._departures.remove(entry)
+            state = StripeState.ABSENT if departure.done else StripeState.MAPPED
+            for stripe in stripes:
+                self._states[stripe] = state
+            if departure.error is not None:
+                self.slots.add(stripes)
+                raise departure.error
+            gone += len(stripes)
+        return gone
+
+    def _view(self, stripe: int, free_slots: int, evictable_slots: int) -> StripeView:
+        state = self._states[stripe]
+        usable = self.layout.slots_per_stripe - (self.slots.block_slots if stripe == 0 else 0)
+        present = state in (StripeState.MAPPED, StripeState.LEAVING)
+        return StripeView(
+            stripe=stripe,
+            state=state,
+            used_slots=usable - free_slots if present else 0,
+            free_slots=free_slots,
+            evictable_slots=evictable_slots,
+        )
+
+    def _require_open(self) -> None:
+        if not self._arena.is_open:
+            raise ValueError("the pool is closed")
