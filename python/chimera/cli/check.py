@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import msgspec
@@ -91,10 +91,20 @@ def _loads(survey: Survey) -> list[dict[str, Any]]:
                 "capacity_bytes": gpu.capacity_bytes,
                 "models": [model["name"] for model, _ in here],
                 "weight_bytes": sum(model["weight_bytes"] or 0 for model, _ in here),
-                "kv_limit_bytes": sum(seat["kv_limit_bytes"] or 0 for _, seat in here),
+                "kv_limit_bytes": _sum_of_limits(seat["kv_limit_bytes"] for _, seat in here),
             }
         )
     return loads
+
+
+def _sum_of_limits(limits: Iterable[int | None]) -> int | None:
+    """None as soon as one pool may take whatever is free."""
+    total = 0
+    for limit in limits:
+        if limit is None:
+            return None
+        total += limit
+    return total
 
 
 def _page(survey: Survey) -> str:
@@ -130,7 +140,7 @@ def _model_row(model: dict[str, Any]) -> list[str]:
 
 
 def _gpu_row(load: dict[str, Any]) -> list[str]:
-    sizes = [format_bytes(load[key]) for key in ("capacity_bytes", "weight_bytes", "kv_limit_bytes")]
+    sizes = [_size(load[key], "free") for key in ("capacity_bytes", "weight_bytes", "kv_limit_bytes")]
     return [str(load["gpu_id"]), *sizes, ", ".join(load["models"]) or "-"]
 
 

@@ -106,4 +106,6 @@ def read_placement_file(path: Path, environment: Mapping[str, str], faults: Faul
 def json_schema() -> dict[str, Any]:
     """What editors check a placement file with; both spellings of the top level."""
     schema = msgspec.json.schema(tuple[ModelEntry, ...] | PlacementFile)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "chimera placement file", **schema}
+    dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "chimera placement file"}
+    plain: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(dialect | schema))
+    return plain
