@@ -11,7 +11,6 @@ from chimera.msg.events import (
     AgentLost,
     ModelRegistered,
     ModelRemoved,
-    Outcome,
     ReplicaStopped,
     RequestCancelled,
     Woke,
@@ -171,18 +170,9 @@ def test_a_routed_request_whose_client_leaves_is_aborted_where_it_is(serving: Wa
     assert serving.on(RequestCancelled(request_id="x")) == []
 
 
-def test_the_same_attempt_told_twice_is_routed_once(serving: Watched) -> None:
+def test_a_request_told_twice_is_routed_once(serving: Watched) -> None:
     serving.on(arrived("x"))
     assert serving.on(arrived("x")) == []
-
-
-def test_a_newer_attempt_replaces_the_older_one(serving: Watched) -> None:
-    serving.on(arrived("x"))
-    assert words(serving.on(arrived("x", tries=1))) == ["Abort x", "Route x a/0"]
-    serving.on(finished("x", "a", E1, outcome=Outcome.CANCELLED))
-    assert serving.scheduler.requests_of("front-0") == ["x"], "the end of the older attempt is not the end of the newer"
-    serving.on(finished("x", "a", E1))
-    assert serving.scheduler.requests_of("front-0") == []
 
 
 def test_a_verdict_of_an_agent_passes_through_and_is_the_end_here(serving: Watched) -> None:
@@ -315,9 +305,9 @@ def test_requests_that_wait_before_a_quarantined_replica_go_to_another_if_there_
 def test_a_lost_agents_requests_go_back_and_wait_for_it(serving: Watched) -> None:
     serving.on(arrived("x"))
     assert words(serving.on(AgentLost(agent="local", reason="killed"), now=5.0)) == ["Requeue x"]
-    assert serving.on(arrived("x", tries=1), now=5.0) == []
+    assert serving.on(arrived("x.1", tries=1), now=5.0) == []
     assert words(serving.on(joined(start=200), now=6.0)) == ["Activate a/0"]
-    assert words(serving.on(ready("a", Epoch(200, 1)), now=7.0)) == ["Route x a/0"]
+    assert words(serving.on(ready("a", Epoch(200, 1)), now=7.0)) == ["Route x.1 a/0"]
 
 
 def test_nobody_waits_for_an_agent_longer_than_its_term(serving: Watched) -> None:
@@ -343,8 +333,8 @@ def test_an_agent_that_only_lost_its_connection_drops_what_was_sent_elsewhere_me
     serving.on(arrived("x"))
     serving.on(AgentLost(agent="local", reason="connection lost"))
     assert words(serving.on(joined())) == ["Abort x", "Activate a/0"]
-    serving.on(arrived("x", tries=1))
-    assert words(serving.on(ready("a", E1))) == ["Route x a/0"], "the replica lived on, in the same life"
+    serving.on(arrived("x.1", tries=1))
+    assert words(serving.on(ready("a", E1))) == ["Route x.1 a/0"], "the replica lived on, in the same life"
 
 
 def test_a_replica_that_lives_and_is_not_wanted_is_taken_down(control: Watched) -> None:

@@ -160,34 +160,10 @@ def test_a_failed_activation_keeps_the_queue(gpu: Watched) -> None:
     assert words(gpu.on(ready("a", Epoch(7, 2)))) == ["Admit x"]
 
 
-def test_the_same_attempt_told_twice_is_served_once(gpu: Watched) -> None:
+def test_a_request_told_twice_is_served_once(gpu: Watched) -> None:
     gpu.serving(credits=2)
     assert words(gpu.on(routed("x", A))) == ["Admit x"]
     assert gpu.on(routed("x", A)) == []
-
-
-def test_a_newer_attempt_waits_until_the_older_one_has_left_the_engine(gpu: Watched) -> None:
-    epoch = gpu.serving(credits=2)
-    gpu.on(routed("x", A))
-    assert words(gpu.on(routed("x", A, tries=1))) == ["Abort x"]
-    assert words(gpu.on(finished("x", "a", epoch, outcome=Outcome.CANCELLED))) == ["Admit x"]
-    assert gpu.scheduler.attempt("x") == 1
-
-
-def test_a_newer_attempt_survives_the_worker_that_held_the_older_one(gpu: Watched) -> None:
-    epoch = gpu.serving(credits=2)
-    gpu.on(routed("x", A))
-    gpu.on(routed("x", A, tries=1))
-    assert gpu.on(worker_lost("a", epoch)) == []
-    gpu.on(activate("a"))
-    assert words(gpu.on(ready("a", Epoch(7, 2)))) == ["Admit x"]
-
-
-def test_a_newer_attempt_of_a_queued_request_replaces_it(gpu: Watched) -> None:
-    gpu.on(activate("a"))
-    gpu.on(routed("x", A))
-    assert gpu.on(routed("x", A, tries=1)) == []
-    assert words(gpu.on(ready("a", Epoch(7, 1)))) == ["Admit x"]
 
 
 def test_a_request_for_a_replica_that_is_not_here_goes_back(gpu: Watched) -> None:

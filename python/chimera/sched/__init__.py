@@ -12,5 +12,6 @@ replay-decisions` run the very same objects.
     log       the decision log: what was told, what was decided, and whether it would be decided again
 
 What a loop owes its scheduler: one caller, in order; `now` from one clock that never goes back; every action carried out in
-the order given; the messages of a connection that has ended are not delivered; a `WakeAt` replaces the one before it.
+the order given; no message of a connection that has ended. A `WakeAt` replaces the one before it. A request id names one
+attempt: a front-end that brings a request again gives the new attempt another id.
 """

@@ -222,24 +222,16 @@ class ControlScheduler:
     # Requests.
 
     def _arrived(self, request: Request, now: float) -> list[Action]:
-        if self._is_repeat(request):
+        if request.request_id in self._where or request.request_id in self._held_since:
             return []
-        stopped = self._cancelled(request.request_id)
         refusal = self._refusal(request, now)
         if refusal is not None:
-            return [*stopped, refusal]
+            return [refusal]
         place = self._choice(request.model)
         if place is None:
             self._hold(request, now)
-            return stopped
-        return [*stopped, self._route(request, place, now)]
-
-    def _is_repeat(self, request: Request) -> bool:
-        held = self._held_since.get(request.request_id)
-        if held is not None:
-            return request.tries <= held.request.tries
-        replica = self._where.get(request.request_id)
-        return replica is not None and request.tries <= self._places[replica].routed[request.request_id].request.tries
+            return []
+        return [self._route(request, place, now)]
 
     def _refusal(self, request: Request, now: float) -> Reject | None:
         """Why the request cannot even wait, if so."""
@@ -321,30 +313,27 @@ class ControlScheduler:
         routed = self._forget(request_id)
         if replica is None or routed is None:
             return []
-        return [self._abort(request_id, replica, routed.epoch, "its client left, or it was sent anew")]
+        return [self._abort(request_id, replica, routed.epoch, "its client left")]
 
     def _abort(self, request_id: str, replica: ReplicaId, epoch: Epoch, reason: str) -> Abort:
         return Abort(request_id=request_id, replica=replica, epoch=epoch, reason=reason)
 
     def _finished(self, event: RequestFinished, now: float) -> list[Action]:
-        place = self._places.get(event.replica)
-        routed = None if place is None else place.routed.get(event.request_id)
-        if place is None or routed is None or event.epoch < routed.epoch:
+        replica = self._where.get(event.request_id)
+        if replica is None:
             return []
-        if event.outcome is Outcome.CANCELLED and routed.request.tries:
-            return []  # Whom we cancel, we forget: this was an older attempt of the request that is there now.
+        place = self._places[replica]
         self._forget(event.request_id)
         if event.outcome in (Outcome.STOP, Outcome.LENGTH):
-            serving = sum(p.state is PlaceState.SERVING for p in self._places_of(event.replica.model))
-            self._pace(event.replica.model).end(now, serving)
-            if event.epoch == place.epoch:
+            serving = sum(p.state is PlaceState.SERVING for p in self._places_of(replica.model))
+            self._pace(replica.model).end(now, serving)
+            if event.replica == replica and event.epoch == place.epoch:
                 place.prove()
         return []
 
     def _verdict(self, verdict: Reject | Requeue) -> list[Action]:
         """An agent has given a request up. It is passed on even if unknown: an earlier control may have routed it."""
-        if verdict.request_id in self._held_since:
-            return []  # A newer attempt is here already.
+        self._unhold(verdict.request_id)
         self._forget(verdict.request_id)
         return [verdict]
 

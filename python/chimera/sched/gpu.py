@@ -3,8 +3,8 @@
 Owns the queue and the credits of every replica whose first rank sits here, and gives each life of a replica its epoch.
 Knows counts and names; does not know what a request says, where its tokens go, or what happens on other GPUs.
 
-Invariants: a request is in one place (a queue, an engine, or behind its own older attempt); the engine of a replica never
-holds more requests than it gave credits; whatever speaks of another epoch than the present one changes nothing.
+Invariants: a request is in one place, a queue or an engine; the engine of a replica never holds more requests than it gave
+credits; whatever speaks of another epoch than the present one changes nothing.
 """
 
 from __future__ import annotations
@@ -75,17 +75,6 @@ class Tenant:
     def free_credits(self) -> int:
         return self.credits - len(self.running) if self.state is ReplicaState.SERVING else 0
 
-    def attempt(self, request_id: str) -> int | None:
-        request = self.running.get(request_id) or self.queue.get(request_id)
-        return None if request is None else request.tries
-
-
-class Heir(msgspec.Struct, frozen=True, kw_only=True):
-    """A newer attempt of a request whose older attempt has not left its engine yet."""
-
-    request: Request
-    replica: ReplicaId
-
 
 class TenantState(msgspec.Struct, frozen=True, kw_only=True):
     seat: Seat
@@ -103,7 +92,6 @@ class GpuState(msgspec.Struct, frozen=True, kw_only=True):
 
     gpu_id: int
     tenants: tuple[TenantState, ...] = ()
-    heirs: tuple[Heir, ...] = ()
 
 
 class GpuScheduler:
@@ -115,7 +103,6 @@ class GpuScheduler:
         self._tenants: dict[ReplicaId, Tenant] = {}
         self._where: dict[str, ReplicaId] = {}
         """The replica whose queue or engine holds the request."""
-        self._heirs: dict[str, Heir] = {}
 
     def on(self, event: GpuInput, now: float) -> list[Action]:
         match event:
@@ -134,11 +121,11 @@ class GpuScheduler:
             case ReplicaReady():
                 return self._ready(event, now)
             case ReplicaStopped():
-                return self._stopped(event, now)
+                return self._stopped(event)
             case ActivationFailed():
-                return self._not_activated(event, now)
+                return self._not_activated(event)
             case WorkerLost():
-                return self._worker_lost(event, now)
+                return self._worker_lost(event)
             case _:
                 return []
 
@@ -147,12 +134,8 @@ class GpuScheduler:
     def knows(self, replica: ReplicaId) -> bool:
         return replica in self._tenants
 
-    def attempt(self, request_id: str) -> int | None:
-        """Which attempt of the request is here, if any."""
-        if request_id in self._heirs:
-            return self._heirs[request_id].request.tries
-        replica = self._where.get(request_id)
-        return None if replica is None else self._tenants[replica].attempt(request_id)
+    def holds(self, request_id: str) -> bool:
+        return request_id in self._where
 
     def tenants(self) -> Iterator[Tenant]:
         return iter(self._tenants.values())
@@ -206,33 +189,33 @@ class GpuScheduler:
         tenant.state, tenant.ready, tenant.load_s = ReplicaState.SERVING, event, event.load_s
         return self._admit(tenant, now)
 
-    def _stopped(self, event: ReplicaStopped, now: float) -> list[Action]:
+    def _stopped(self, event: ReplicaStopped) -> list[Action]:
         tenant = self._living(event.replica, event.epoch)
         if tenant is None:
             return []
         reason = f"{tenant.replica} has left GPU {self.gpu_id}: {event.reason}"
-        left, heirs = self._clear_engine(tenant)
+        left = [_requeue(request, reason) for request in self._clear_engine(tenant)]
         waiting = self._requeue_waiting(tenant, reason)
         del self._tenants[tenant.replica]
-        return [*(_requeue(request, reason) for request in left), *waiting, *self._bring(heirs, now)]
+        return [*left, *waiting]
 
-    def _not_activated(self, event: ActivationFailed, now: float) -> list[Action]:
+    def _not_activated(self, event: ActivationFailed) -> list[Action]:
         tenant = self._living(event.replica, event.epoch)
-        return [] if tenant is None else self._lost(tenant, f"{tenant.replica} could not be brought up: {event.reason}", now)
+        return [] if tenant is None else self._lost(tenant, f"{tenant.replica} could not be brought up: {event.reason}")
 
-    def _worker_lost(self, event: WorkerLost, now: float) -> list[Action]:
+    def _worker_lost(self, event: WorkerLost) -> list[Action]:
         if event.replica is None or event.epoch is None:
             return []
         tenant = self._living(event.replica, event.epoch)
-        return [] if tenant is None else self._lost(tenant, f"the engine serving this request was lost: {event.reason}", now)
+        return [] if tenant is None else self._lost(tenant, f"the engine serving this request was lost: {event.reason}")
 
-    def _lost(self, tenant: Tenant, reason: str, now: float) -> list[Action]:
+    def _lost(self, tenant: Tenant, reason: str) -> list[Action]:
         """This life is over. What the engine held ends here, for its client may have seen tokens; what waits, waits on."""
-        left, heirs = self._clear_engine(tenant)
+        left = self._clear_engine(tenant)
         if tenant.state is ReplicaState.DRAINING:
             del self._tenants[tenant.replica]
         tenant.state, tenant.ready = ReplicaState.STOPPED, None
-        ended = [
+        return [
             Reject(
                 request_id=request.request_id,
                 front=request.front,
@@ -242,7 +225,6 @@ class GpuScheduler:
             )
             for request in left
         ]
-        return [*ended, *self._bring(heirs, now)]
 
     def _living(self, replica: ReplicaId, epoch: Epoch) -> Tenant | None:
         """The tenant, if `epoch` is its present life."""
@@ -262,32 +244,15 @@ class GpuScheduler:
     # Requests.
 
     def _arrived(self, request: Request, replica: ReplicaId | None, now: float) -> list[Action]:
-        attempt = self.attempt(request.request_id)
-        if attempt is not None and attempt >= request.tries:
+        if request.request_id in self._where:
             return []
         tenant = None if replica is None else self._tenants.get(replica)
         if tenant is None or tenant.state is ReplicaState.DRAINING:
-            wanted = replica or request.model
-            return [
-                *(self._cancelled(request.request_id) if attempt is not None else []),
-                _requeue(request, f"{wanted} is not on GPU {self.gpu_id}, or is leaving it"),
-            ]
-        if attempt is not None:
-            return self._succeed(request, tenant, now)
+            return [_requeue(request, f"{replica or request.model} is not on GPU {self.gpu_id}, or is leaving it")]
         self._enqueue(request, tenant)
         return self._admit(tenant, now)
 
-    def _succeed(self, request: Request, tenant: Tenant, now: float) -> list[Action]:
-        """A newer attempt takes the older one's place: two at once would stream to one client."""
-        stopping = self._cancelled(request.request_id)
-        if request.request_id in self._where:
-            self._heirs[request.request_id] = Heir(request=request, replica=tenant.replica)
-            return stopping
-        self._enqueue(request, tenant)
-        return [*stopping, *self._admit(tenant, now)]
-
     def _cancelled(self, request_id: str) -> list[Action]:
-        self._heirs.pop(request_id, None)
         replica = self._where.get(request_id)
         if replica is None:
             return []
@@ -298,9 +263,8 @@ class GpuScheduler:
         if request_id in tenant.ending:
             return []
         tenant.ending.add(request_id)
-        return [
-            Abort(request_id=request_id, replica=replica, epoch=tenant.epoch, reason="its client left, or it was sent anew")
-        ]
+        reason = "its client left, or it is served elsewhere"
+        return [Abort(request_id=request_id, replica=replica, epoch=tenant.epoch, reason=reason)]
 
     def _finished(self, event: RequestFinished, now: float) -> list[Action]:
         tenant = self._living(event.replica, event.epoch)
@@ -309,8 +273,7 @@ class GpuScheduler:
         del tenant.running[event.request_id]
         del self._where[event.request_id]
         tenant.ending.discard(event.request_id)
-        heir = self._heirs.pop(event.request_id, None)
-        return [*self._bring([heir] if heir else [], now), *self._admit(tenant, now)]
+        return self._admit(tenant, now)
 
     def _enqueue(self, request: Request, tenant: Tenant) -> None:
         tenant.queue.push(request)
@@ -338,23 +301,16 @@ class GpuScheduler:
         for request in waiting:
             tenant.queue.remove(request.request_id)
             del self._where[request.request_id]
-        heirs = [heir for heir in self._heirs.values() if heir.replica == tenant.replica]
-        for heir in heirs:
-            del self._heirs[heir.request.request_id]
-        return [_requeue(request, reason) for request in (*waiting, *(heir.request for heir in heirs))]
+        return [_requeue(request, reason) for request in waiting]
 
-    def _clear_engine(self, tenant: Tenant) -> tuple[list[Request], list[Heir]]:
-        """The engine holds nothing any more. Returns whom it held that somebody still waits for, and the newer attempts."""
+    def _clear_engine(self, tenant: Tenant) -> list[Request]:
+        """The engine holds nothing any more. Returns those of its requests that somebody still waits for."""
         left = [request for request_id, request in tenant.running.items() if request_id not in tenant.ending]
-        heirs = [self._heirs.pop(request_id) for request_id in tenant.running if request_id in self._heirs]
         for request_id in tenant.running:
             del self._where[request_id]
         tenant.running.clear()
         tenant.ending.clear()
-        return left, heirs
-
-    def _bring(self, heirs: list[Heir], now: float) -> list[Action]:
-        return [action for heir in heirs for action in self._arrived(heir.request, heir.replica, now)]
+        return left
 
     # Memory.
 
@@ -374,7 +330,6 @@ class GpuScheduler:
                 )
                 for t in self._tenants.values()
             ),
-            heirs=tuple(self._heirs.values()),
         )
 
     @classmethod
@@ -389,7 +344,6 @@ class GpuScheduler:
             scheduler._where.update(dict.fromkeys(tenant.running, tenant.replica))
             for request in told.queued:
                 scheduler._enqueue(request, tenant)
-        scheduler._heirs = {heir.request.request_id: heir for heir in state.heirs}
         return scheduler
 
     def check(self) -> None:
@@ -406,8 +360,6 @@ class GpuScheduler:
             assert tenant.state is not ReplicaState.DRAINING or not len(tenant.queue), f"{replica} queues while it leaves"
             assert tenant.epoch <= Epoch(self._mint.agent_start, self._mint.counter), f"{replica} has an epoch of the future"
         assert len(found) == len(set(found)) == len(self._where), "a request is in two places, or in none"
-        assert all(request_id in self._where for request_id in self._heirs), "an attempt waits behind nothing"
-        assert all(heir.replica in self._tenants for heir in self._heirs.values()), "an attempt waits for nobody"
 
 
 def _requeue(request: Request, reason: str) -> Requeue:

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     Told = Event | Action
 else:
     # Whatever the messages are, the log can hold: no list to keep in step with them.
-    Told = Union[(*Event.__subclasses__(), *Action.__subclasses__())]
+    Done = Union[tuple(Action.__subclasses__())]  # noqa: UP007
+    Told = Union[(Done, *Event.__subclasses__())]
 
 
 class ControlOpening(msgspec.Struct, frozen=True, kw_only=True, tag="control", tag_field="scheduler"):
@@ -87,7 +88,7 @@ class Recorder:
             return _line(ControlOpening(version=VERSION, state=scheduler.state()))
         return _line(NodeOpening(version=VERSION, state=scheduler.state()))
 
-    def line(self, event: Event | Action, now: float, actions: Sequence[Action]) -> bytes:
+    def line(self, now: float, event: Event | Action, actions: Sequence[Action]) -> bytes:
         return _line(Step(now=now, event=event, actions=list(actions)))
 
 

@@ -100,17 +100,13 @@ class NodeScheduler:
         return [*waiting, *target.on(order, now)]
 
     def _arrived(self, request: Request, replica: ReplicaId | None, now: float) -> list[Action]:
-        holders = [(gpu, gpu.attempt(request.request_id)) for gpu in self._gpus.values()]
-        if any(attempt is not None and attempt >= request.tries for _, attempt in holders):
+        if any(gpu.holds(request.request_id) for gpu in self._gpus.values()):
             return []
-        target = None if replica is None else self._home(replica)
-        older = [gpu for gpu, attempt in holders if attempt is not None and gpu is not target]
-        actions = [a for gpu in older for a in gpu.on(RequestCancelled(request_id=request.request_id), now)]
-        if target is None or replica is None:
+        home = None if replica is None else self._home(replica)
+        if home is None or replica is None:
             reason = f"{replica or request.model} is not on agent {self.agent}"
-            return [*actions, Requeue(request_id=request.request_id, front=request.front, reason=reason)]
-        order = Route(request=request, replica=replica, agent=self.agent, reason="")
-        return [*actions, *target.on(order, now)]
+            return [Requeue(request_id=request.request_id, front=request.front, reason=reason)]
+        return home.on(Route(request=request, replica=replica, agent=self.agent, reason=""), now)
 
     def _cancelled(self, event: RequestCancelled | Abort, now: float) -> list[Action]:
         return [action for gpu in self._gpus.values() for action in gpu.on(event, now)]

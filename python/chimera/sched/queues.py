@@ -24,7 +24,7 @@ class Queue(Protocol):
     def remove(self, request_id: str) -> Request | None:
         """The request leaves without its turn; `None` if it is not here."""
 
-    def get(self, request_id: str) -> Request | None: ...
+    def __contains__(self, request_id: str) -> bool: ...
 
     def __len__(self) -> int: ...
 
@@ -59,9 +59,8 @@ class Fcfs:
             return None
         return self._order.pop(bisect_left(self._order, entry))[2]
 
-    def get(self, request_id: str) -> Request | None:
-        entry = self._entries.get(request_id)
-        return None if entry is None else entry[2]
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._entries
 
     def __len__(self) -> int:
         return len(self._order)
