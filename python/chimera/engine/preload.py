@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import os
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 
 from chimera.engine.api import CannotServe, Engine
 
@@ -30,6 +33,19 @@ def preload(name: str) -> Callable[[], Engine]:
     return make
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the list of what this machine cannot do: SGLang warns of every kernel and architecture that it misses."""
+    # Not undone: a worker's standard error is a log, and bars of fractions of a second do not belong there.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logger = logging.getLogger("sglang")
+    logger.setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logger.setLevel(logging.WARNING)
+
+
 def _preload_sglang() -> Callable[[], Engine]:
     from chimera.engine.sglang import standins, versions
 
@@ -41,12 +57,13 @@ def _preload_sglang() -> Callable[[], Engine]:
         # Many workers share few cores; a pool of threads each would only take turns. Set before the first operation,
         # so that no thread exists when workers are forked.
         torch.set_num_threads(1)
-    import sglang.srt.models.registry  # noqa: F401 - imports every architecture
-    from sglang.srt.plugins import load_plugins
+    with _quietly():
+        import sglang.srt.models.registry  # noqa: F401 - imports every architecture
+        from sglang.srt.plugins import load_plugins
 
-    from chimera.engine.sglang.engine import SglangEngine
+        from chimera.engine.sglang.engine import SglangEngine
 
-    load_plugins()
+        load_plugins()
     if torch.cuda.is_initialized():
         raise CannotServe("importing SGLang has initialised CUDA, and a forked worker could not use it", permanent=True)
     if threading.active_count() > 1:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import msgspec
 
 from chimera.core.model import ModelSpec
-from chimera.engine.api import Limit, Order, Post, Stats, Submission, Vitals, Withdrawal
+from chimera.engine.api import CannotServe, Limit, Order, Post, Stats, Submission, Vitals, Withdrawal
 from chimera.msg.events import Outcome
 from chimera.msg.stream import TokenDelta
 
@@ -64,7 +64,10 @@ class SimulatedEngine:
         self._running: dict[str, _Running] = {}
 
     def activate(self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None) -> Vitals:
-        self._costs = msgspec.convert(model.engine_args, Costs)
+        try:
+            self._costs = msgspec.convert(model.engine_args, Costs)
+        except msgspec.ValidationError as fault:
+            raise CannotServe(f"engine_args of a simulated model: {fault}", permanent=True) from fault
         time.sleep(self._costs.load_s)
         self._model = model.name
         self._kv_tokens = self._costs.kv_tokens if kv_bytes is None else kv_bytes // max(1, model.kv_bytes_per_token)

@@ -20,6 +20,9 @@ from chimera.engine.api import Limit, Order, Post, Submission, Withdrawal
 from chimera.msg.events import Outcome
 from chimera.msg.stream import Sampling, TokenDelta, TokenLogprobs
 
+_END_OF_ID = ";"
+"""SGLang aborts every request whose id *starts* with the given one: with a mark at the end, no id begins another."""
+
 _ENDINGS = {"stop": Outcome.STOP, "length": Outcome.LENGTH}
 
 
@@ -57,7 +60,7 @@ class Mailbox:
                 self._incoming.append(_generate_request(order))
             case Withdrawal(request_id):
                 if self._open.pop(request_id, None) is not None:
-                    self._incoming.append(AbortReq(rid=request_id))
+                    self._incoming.append(AbortReq(rid=request_id + _END_OF_ID))
             case Limit(kv_tokens):
                 self._set_limit(kv_tokens)
 
@@ -68,12 +71,13 @@ class Mailbox:
             deltas = list(self._deltas(output))
             if deltas:
                 self._post.deliver(deltas)
-        elif isinstance(output, AbortReq) and output.rid in self._open:
+        elif isinstance(output, AbortReq) and (request_id := output.rid.removesuffix(_END_OF_ID)) in self._open:
             # Thrown out of SGLang's waiting queue, not asked for by us.
-            self._give_up(output.rid, output.finished_reason)
+            self._give_up(request_id, output.finished_reason)
 
     def _deltas(self, batch: BatchTokenIDOutput) -> Iterator[TokenDelta]:
-        for i, request_id in enumerate(batch.rids):
+        for i, rid in enumerate(batch.rids):
+            request_id = rid.removesuffix(_END_OF_ID)
             alternatives = self._open.get(request_id)
             if alternatives is None:
                 continue  # withdrawn while the step ran
@@ -106,7 +110,7 @@ class Mailbox:
 def _generate_request(submission: Submission) -> TokenizedGenerateReqInput:
     payload = submission.payload
     return TokenizedGenerateReqInput(
-        rid=submission.request_id,
+        rid=submission.request_id + _END_OF_ID,
         input_text="",
         input_ids=array("q", payload.input_ids),
         input_embeds=None,
