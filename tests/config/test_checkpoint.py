@@ -1,5 +1,6 @@
 """A model is found in a folder, in the hub's local cache or on the hub; nothing is waited for that does not answer."""
 
+import functools
 import json
 import socket
 import threading
@@ -9,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from chimera.config import checkpoint
+from chimera.config import checkpoint, deployment
 from chimera.config.checkpoint import download, locate, missing_tokenizer, read_checkpoint
 from chimera.errors import ConfigError
 
@@ -79,18 +80,38 @@ def test_a_model_in_the_hubs_cache_is_found_once_it_is_complete(
     assert locate("org/llama", [tmp_path], weights=False) == folder
 
 
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
 COMMIT = "a" * 40
 FILES = {
-    "config.json": b"{}",
+    "config.json": json.dumps(LLAMA).encode(),
     "model.safetensors": b"weights",
     "tokenizer.json": b"{}",
     "original/model.safetensors": b"twice",
 }
 
 
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+}
 COMMIT = "a" * 40
 FILES = {
-    "config.json": b"{}",
+    "config.json": json.dumps(LLAMA).encode(),
     "model.safetensors": b"weights",
     "tokenizer.json": b"{}",
     "original/model.safetensors": b"twice",
@@ -149,6 +170,24 @@ def test_a_hub_model_is_downloaded_into_the_cache_without_its_second_copy(hub: s
     folder = download("org/llama", endpoint=hub, cache=tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert (folder / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_placement_file_brings_its_hub_models_with_it(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "download", functools.partial(download, endpoint=hub, cache=tmp_path / "hub"))
+    path = tmp_path / "placement.json"
+    path.write_text(json.dumps([{"model_name": "a", "model_path": "org/llama"}]))
+    (model,) = deployment.load_placement(path, None).models
+    assert Path(model.path, "model.safetensors").read_bytes() == b"weights"
+    assert model.tokenizer_path == model.path
+
+
+def test_models_that_cannot_be_downloaded_are_all_named(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deployment, "download", functools.partial(download, endpoint=hub, cache=tmp_path / "hub"))
+    path = tmp_path / "placement.json"
+    path.write_text(json.dumps([{"model_name": name, "model_path": f"org/{name}"} for name in ("gated", "nothing")]))
+    with pytest.raises(ConfigError) as caught:
+        deployment.load_placement(path, None)
+    assert [fault.where for fault in caught.value.faults] == ["[0].model_path", "[1].model_path"]
 
 
 def test_the_hubs_refusals_say_what_to_do(hub: str, tmp_path: Path) -> None:

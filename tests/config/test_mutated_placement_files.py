@@ -91,7 +91,7 @@ def mutated_values(draw: st.DrawFn) -> Any:
         match draw(st.sampled_from(["replace", "remove", "rename", "repeat", "wrap"])):
             case "replace":
                 container[key] = draw(values)
-            case "remove" if len(document) > 1 or container is not document:
+            case "remove" if container is not document:
                 del container[key]
             case "rename" if isinstance(container, dict) and container is not document:
                 container[draw(st.sampled_from(WORDS) | st.text(max_size=8))] = container.pop(key)

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from chimera.core.quantization import Quantization
 from chimera.core.shape import ModelShape, Split, Weight, shape_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 LLAMA_3_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -301,6 +303,36 @@ def test_a_wish_that_cannot_be_met_is_refused_by_name(ask: Callable[[ModelShape]
 def test_ranks_divide_heads_or_share_them() -> None:
     for tp_size in (1, 2, 4, 8, 16, 32):
         shape_of(LLAMA_3_8B).require_divisible(tp_size)
+
+
+ALL = [LLAMA_3_8B, QWEN25_7B, QWEN3_30B_A3B, MISTRAL_7B, MIXTRAL_8X7B, GEMMA_2_9B, DEEPSEEK_V2_LITE, DEEPSEEK_V3]
+ODD = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.lists(st.integers(0, 3), max_size=2)
+STORED = st.fixed_dictionaries(
+    {"quant_method": st.sampled_from(["fp8", "awq", "gptq", "compressed-tensors"]) | ODD},
+    optional={
+        "bits": st.just(4) | ODD,
+        "group_size": st.just(128) | ODD,
+        "weight_block_size": st.just([128, 128]) | ODD,
+        "config_groups": st.just({"g": {"weights": {"num_bits": 8, "strategy": "channel"}}}) | ODD,
+        "ignore": st.just(["lm_head", "re:.*"]) | ODD,
+    },
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_mutated_config_is_a_shape_or_a_value_error(data: st.DataObject) -> None:
+    config = dict(data.draw(st.sampled_from(ALL)))
+    for key in data.draw(st.lists(st.sampled_from(sorted(config)), max_size=3)):
+        config[key] = data.draw(ODD)
+    if data.draw(st.booleans()):
+        config["quantization_config"] = data.draw(STORED | ODD)
+    try:
+        shape = shape_of(config)
+    except ValueError:
+        return
+    assert shape.weight_bytes(tp_size=3) > 0
+    assert shape.kv_bytes_per_token(tp_size=3) > 0
 
 
 SMALL = {
