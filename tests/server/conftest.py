@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -46,7 +47,14 @@ async def stage() -> AsyncIterator[Stage]:
         front = FrontEnd(run_dir=run_dir, name="front-0", listener=listen("127.0.0.1", 0), patience=patience)
         await front.start()
         async with aiohttp.ClientSession() as client:
-            await front.until_ready()
+            await until(lambda: front.ready)
             yield Stage(run_dir, rehearsal, front, client)
         await front.close()
         await rehearsal.close()
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the loop run until something has come through a socket."""
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110 - what is awaited has no event
+            await asyncio.sleep(0)

@@ -10,9 +10,8 @@ from tests.server.rehearsal import EOS, model, tokens_of
 
 
 async def test_generate_answers_in_sglangs_words(stage: Stage) -> None:
-    status, body = await stage.post(
-        "/generate", {"model": "m", "text": "the", "sampling_params": {"max_new_tokens": 4}, "rid": "mine"}
-    )
+    ask = {"model": "m", "text": "the", "sampling_params": {"max_new_tokens": 4}, "rid": "mine"}
+    status, body = await stage.post("/generate", ask)
     assert status == 200 and len(body["text"]) == 4 and body["output_ids"] == tokens_of(body["text"])
     meta = body["meta_info"]
     assert meta.pop("e2e_latency") > 0

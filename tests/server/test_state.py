@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.server.conftest import Stage
+from tests.server.conftest import Stage, until
 from tests.server.rehearsal import model, model_folder
 
 
@@ -14,11 +14,11 @@ async def get(stage: Stage, path: str) -> tuple[int, dict[str, object]]:
 async def test_health_says_whether_requests_can_be_taken(stage: Stage) -> None:
     assert await get(stage, "/health") == (200, {"status": "ok"})
     await stage.rehearsal.stop()
-    await stage.front.until_alone()
+    await until(lambda: not stage.front.ready)
     async with stage.client.get(stage.url + "/health") as response:
         assert response.status == 503 and int(response.headers["Retry-After"]) >= 1
     await stage.rehearsal.start()
-    await stage.front.until_ready()
+    await until(lambda: stage.front.ready)
     assert (await get(stage, "/health"))[0] == 200
 
 
@@ -38,7 +38,7 @@ async def test_the_snapshot_is_controls(stage: Stage) -> None:
 
 async def test_without_control_there_is_no_snapshot(stage: Stage) -> None:
     await stage.rehearsal.stop()
-    await stage.front.until_alone()
+    await until(lambda: not stage.front.ready)
     assert (await get(stage, "/snapshot"))[0] == 503
 
 
@@ -55,8 +55,8 @@ async def test_a_model_that_left_while_control_was_away_is_forgotten(stage: Stag
     stage.rehearsal.register(model("new", stage.run_dir / "m"))
     await get(stage, "/snapshot")
     await stage.rehearsal.stop()
-    await stage.front.until_alone()
+    await until(lambda: not stage.front.ready)
     stage.rehearsal.models.pop()
     await stage.rehearsal.start()
-    await stage.front.until_ready()
+    await until(lambda: stage.front.ready)
     assert [spec.name for spec, _ in stage.front.catalogue.models] == ["m"]

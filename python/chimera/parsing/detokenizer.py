@@ -53,18 +53,25 @@ class TokenBytes(dict[int, bytes]):
 class ByteDetokenizer:
     """For byte-level vocabularies."""
 
-    __slots__ = ("_bytes", "_decode")
+    __slots__ = ("_bytes", "_unfinished")
 
     def __init__(self, token_bytes: TokenBytes) -> None:
         self._bytes = token_bytes
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._unfinished = b""
+        """The beginning of a character."""
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        spelled = self._bytes
-        return self._decode(b"".join([spelled[token_id] for token_id in token_ids]))
+        spelled = self._unfinished
+        for token_id in token_ids:
+            spelled += self._bytes[token_id]
+        text, used = codecs.utf_8_decode(spelled, "replace", False)
+        self._unfinished = spelled[used:]
+        return text
 
     def flush(self) -> str:
-        return self._decode(b"", True)
+        text, _ = codecs.utf_8_decode(self._unfinished, "replace", True)
+        self._unfinished = b""
+        return text
 
 
 class WindowDetokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -42,6 +43,8 @@ async def _serve(arguments: argparse.Namespace, listener: socket.socket) -> None
         loop.add_signal_handler(number, tell)
     front = FrontEnd(run_dir=arguments.run_dir, name=arguments.name, listener=listener)
     await front.start()
+    gc.collect()
+    gc.freeze()  # what start-up made stays; looking through it again would cost every stream a pause
     await told.wait()
     draining, hurrying = asyncio.create_task(front.drain(arguments.drain_s)), asyncio.create_task(told_twice.wait())
     await asyncio.wait([draining, hurrying], return_when=asyncio.FIRST_COMPLETED)

@@ -120,14 +120,9 @@ class Answer:
         return Enqueue(request=request, payload=_encode_payload(Payload(input_ids=prompt_ids, sampling=sampling)))
 
     def take(self, delta: TokenDelta) -> bool:
-        """The tokens of one step; says whether they end the answer."""
+        """The tokens of one step; says whether a stop string in them ended the answer."""
         token_ids = delta.token_ids
         self.emitted += token_ids
-        if delta.cached_tokens:
-            self.cached_tokens = delta.cached_tokens
-        if delta.outcome is not None:
-            self.end(delta.outcome, token_ids, delta.matched_stop)
-            return True
         text = self._detokenizer.feed(token_ids)
         if self._stops is not None:
             text = self._stops.feed(text)
@@ -138,12 +133,18 @@ class Answer:
             self._reader.text(text, self)
         return False
 
-    def end(self, outcome: Outcome, last_ids: Sequence[int] = (), matched_stop: int | None = None) -> None:
-        """No more tokens come. The token that stopped the answer is counted, and not shown."""
-        if matched_stop is not None and last_ids and last_ids[-1] == matched_stop:
-            last_ids = last_ids[:-1]
+    def take_last(self, delta: TokenDelta, outcome: Outcome) -> None:
+        """The tokens of the last step. The one that stopped the answer is counted, and not shown."""
+        token_ids = delta.token_ids
+        self.emitted += token_ids
+        self.cached_tokens = delta.cached_tokens
+        if delta.matched_stop is not None and token_ids and token_ids[-1] == delta.matched_stop:
+            token_ids = token_ids[:-1]
+        self.end(outcome, token_ids, delta.matched_stop)
+
+    def end(self, outcome: Outcome, last_ids: Sequence[int] = (), matched: int | str | None = None) -> None:
+        """No more tokens come."""
         text = self._detokenizer.feed(last_ids) + self._detokenizer.flush()
-        matched: int | str | None = matched_stop
         if self._stops is not None:
             text = self._stops.feed(text)
             if self._stops.matched is not None:

@@ -108,7 +108,7 @@ class App:
 
     async def _health(self, http: web.Request) -> web.Response:
         """Whether requests can be taken; not whether a model is up."""
-        if not self._desk.connected or not self._catalogue.complete.is_set():
+        if not self._relay.in_touch:
             raise RequestError("service_unavailable", "the server's control process is not there", retry_after_s=1)
         return _json_response({"status": "ok"})
 
@@ -144,6 +144,8 @@ class App:
 
 
 async def _body(http: web.Request) -> bytes:
+    if http.content_length is not None and http.content_length > MAX_BODY_BYTES:
+        raise web.HTTPRequestEntityTooLarge(MAX_BODY_BYTES, http.content_length)
     try:
         async with asyncio.timeout(_BODY_WITHIN_S):
             return await http.read()

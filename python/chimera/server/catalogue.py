@@ -22,8 +22,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_m
 
 class Catalogue:
     def __init__(self) -> None:
-        self.complete = asyncio.Event()
-        """Control has told of all its models; before that nobody can say that a name is wrong."""
+        self.known = False
+        """Control has told of all its models once; before that nobody can say that a name is wrong."""
         self._specs: dict[str, ModelSpec] = {}
         self._names: dict[str, ModelSpec] = {}
         self._since_s: dict[str, int] = {}
@@ -47,13 +47,13 @@ class Catalogue:
 
     def keep_only(self, names: Iterable[str]) -> None:
         """Control has named all it has; what left while it was away is forgotten."""
-        self.complete.set()
+        self.known = True
         for name in self._specs.keys() - set(names):
             self.remove(name)
 
     def resolve(self, name: str | None) -> ModelSpec:
         """The model of this name or alias; of no name, if there is only one."""
-        if not self.complete.is_set():
+        if not self.known:
             raise RequestError(
                 "service_unavailable", "the server is starting and does not know its models yet", retry_after_s=1
             )

@@ -52,11 +52,6 @@ class Desk:
     def open_answers(self) -> int:
         return len(self._open)
 
-    @property
-    def connected(self) -> bool:
-        """Whether control is there."""
-        return self._send is not None
-
     def submit(self, answer: Answer) -> None:
         """Ask for the answer; it tells its reader from now on."""
         if self._send is None and self._alone_s > self._patience.control_s:
@@ -130,7 +125,11 @@ class Desk:
                     if answer.source is not None:
                         continue
                     answer.source = worker
-                self._deliver(answer, delta)
+                if delta.outcome is not None:
+                    self._end(answer, delta, delta.outcome)
+                elif answer.take(delta):  # a stop string, of which the engine knows nothing
+                    self._remove(answer)
+                    self._cancel(answer)
         elif isinstance(message, Failed):
             answer = self._open.get(message.request_id)
             if answer is None or answer.source not in (None, worker):
@@ -145,17 +144,12 @@ class Desk:
         if any(answer.source is worker for answer in self._open.values()):
             self._loop.call_later(self._patience.worker_s, self._end_orphans, worker)
 
-    def _deliver(self, answer: Answer, delta: TokenDelta) -> None:
-        match delta.outcome:
-            case None:
-                if answer.take(delta):  # a stop string: the engine knows nothing of it
-                    self._remove(answer)
-                    self._cancel(answer)
-            case Outcome.STOP | Outcome.LENGTH:
-                self._remove(answer)
-                answer.take(delta)
-            case _:
-                self._fail(answer, RequestError("internal_error", f"the engine ended the request: {delta.outcome}"))
+    def _end(self, answer: Answer, delta: TokenDelta, outcome: Outcome) -> None:
+        if outcome in (Outcome.STOP, Outcome.LENGTH):
+            self._remove(answer)
+            answer.take_last(delta, outcome)
+        else:
+            self._fail(answer, RequestError("internal_error", f"the engine ended the request: {outcome}"))
 
     def _end_orphans(self, worker: object) -> None:
         for answer in [answer for answer in self._open.values() if answer.source is worker]:

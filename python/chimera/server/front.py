@@ -52,15 +52,16 @@ class FrontEnd:
         host, port = self._listener.getsockname()[:2]
         return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
+    @property
+    def ready(self) -> bool:
+        """Control is there and has told of its models."""
+        return self._relay.in_touch
+
     async def start(self) -> None:
         await self._relay.start()
         await self._runner.setup()
         await web.SockSite(self._runner, self._listener, backlog=1024).start()
         _log.info("%s listens on %s", self._name, self.url)
-
-    async def until_ready(self) -> None:
-        """Until control has told of its models."""
-        await self.catalogue.complete.wait()
 
     async def drain(self, within_s: float) -> None:
         """Take no more connections and let the open answers end."""

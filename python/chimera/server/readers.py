@@ -17,7 +17,7 @@ from chimera.server.answer import Answer
 from chimera.server.errors import error_body
 
 _MAX_UNREAD_BYTES = 4 << 20
-"""What a client may leave unread before it is taken for gone: some hundred thousand tokens."""
+"""What a client may leave unread before it is taken for gone: some twenty thousand tokens."""
 _STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
@@ -36,6 +36,8 @@ class Dialect(Protocol):
 
 class EventStream:
     """Server-sent events. The headers wait for the first of them, so that a request that fails before has its status."""
+
+    __slots__ = ("_begun", "_chunked", "_dialect", "_early", "_ended", "_transport")
 
     def __init__(self, dialect: Dialect) -> None:
         loop = asyncio.get_running_loop()

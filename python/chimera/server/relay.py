@@ -33,6 +33,8 @@ class Relay:
         self._worker_path = run_dir / f"{name}.sock"
         self._catalogue = catalogue
         self._desk = desk
+        self.in_touch = False
+        """Control is there, and has told of all its models since it came."""
         self._server: Server | None = None
         self._keeping: asyncio.Task[None] | None = None
         self._control: Channel | None = None
@@ -92,6 +94,7 @@ class Relay:
     def _control_went(self, channel: Channel) -> None:
         _log.warning("control is away: %s", channel.fault or "it closed the connection")
         self._control = None
+        self.in_touch = False
         self._desk.control_is_lost()
         if self._snapshot is not None:
             self._settle_snapshot().set_exception(
@@ -108,6 +111,7 @@ class Relay:
                 self._catalogue.remove(name)
             case SnapshotTaken(snapshot=snapshot):
                 self._catalogue.keep_only(model.name for model in snapshot.models)
+                self.in_touch = True
                 if self._snapshot is not None:
                     self._settle_snapshot().set_result(snapshot)
             case _:
