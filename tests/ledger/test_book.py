@@ -392,6 +392,20 @@ def test_a_survivor_goes_on_from_the_revision_it_has_read() -> None:
     assert entry(ledger, holder).lease.charged == 4, "what it said before the order does not answer the order"
 
 
+def test_a_survivor_half_way_through_a_recall_goes_on_down_and_grows_again() -> None:
+    ledger = ledger_of(16, survivors=Survivors(until_s=NOW + 5, workers=frozenset({"w-a"})))
+    a = holder_of(life("a", agent_start=1))
+    a.terms, a.held, a.busy = a.terms.told(3, 2), 6, 6
+    ledger.on(a.announce(), NOW)
+    assert (ledger.free, entry(ledger, a).lease.level) == (10, 2)
+    (again,) = ledger.on(Woke(), NOW + PATIENCE_S)
+    assert levels([again]) == [("Recall", "a", 2)]
+    a.busy = 0
+    ledger.on(a.obey(again), NOW)
+    assert ledger.free == 14
+    assert levels(allot(ledger, a, 6)) == [("Grant", "a", 6)]
+
+
 def test_an_announcement_that_comes_after_the_end_brings_nothing_back() -> None:
     ledger = ledger_of(16, survivors=Survivors(until_s=NOW + 5))
     said = survivor("a", held=4)
@@ -402,6 +416,21 @@ def test_an_announcement_that_comes_after_the_end_brings_nothing_back() -> None:
     ledger.on(WorkerLost(worker=said.worker, reason="killed"), NOW)
     ledger.on(said, NOW)
     assert ledger.view(NOW).charged == 0
+
+
+def test_an_end_that_overtakes_its_announcement_is_an_end_all_the_same() -> None:
+    ledger = ledger_of(16, survivors=Survivors(until_s=NOW + 5))
+    said = survivor("a", held=4)
+    ledger.on(ReplicaStopped(replica=said.replica, epoch=said.epoch, reason="drained"), NOW)
+    ledger.on(said, NOW)
+    assert ledger.view(NOW).by_class() == {LeaseClass.CONTEXT: 1}
+
+
+def test_a_survivor_that_is_used_before_it_has_spoken_is_still_believed() -> None:
+    ledger = ledger_of(16, survivors=Survivors(until_s=NOW + 5, workers=frozenset({"w-a"})))
+    ledger.open(life("b"), "w-a")
+    ledger.on(PagesHeld(worker="w-a", gpu_id=0, kept={LeaseClass.CONTEXT: 1, LeaseClass.GRAPH: 2}), NOW)
+    assert ledger.free == 13
 
 
 def test_a_worker_that_connects_anew_gets_the_order_it_has_missed() -> None:

@@ -82,8 +82,8 @@ class GpuLedger:
         """Leases below their allotment, in the order in which they came to be."""
         self._ended: set[Life] = set()
         """Lives from before the restart that have ended here; for our own, not being open says the same."""
-        self._workers: set[str] = set()
-        """Living workers the book has heard of: what they announce again is older than what it knows."""
+        self._spoken: set[str] = set()
+        """Living workers that have announced themselves: what they announce again is older than what the book knows."""
         self._lost: set[str] = set()
         """Exited workers. A name is never used twice."""
 
@@ -112,7 +112,6 @@ class GpuLedger:
             raise ValueError(f"{life[0]} (epoch {life[1]}) already has a lease on GPU {self.gpu.gpu_id}")
         if worker in self._lost:
             raise ValueError(f"worker {worker} has exited: it cannot hold memory of GPU {self.gpu.gpu_id}")
-        self._workers.add(worker)
         self._accounts[life] = _Account(lease=self._lease(str(life[0]), LeaseClass.KV), worker=worker, allotted=0, ceiling=0)
 
     def allot(self, life: Life, level: int, *, now: float, deadline_s: float, reason: str) -> list[Order]:
@@ -143,7 +142,6 @@ class GpuLedger:
         if more > self.free:
             return False
         if more > 0:
-            self._workers.add(worker)
             self._reserved[key] = pages
         return True
 
@@ -283,33 +281,45 @@ class GpuLedger:
         """A worker connects and tells what it has. What the book already knows of it, the book knows better."""
         if event.worker in self._lost:
             return []
-        if event.worker not in self._workers:
-            self._workers.add(event.worker)
+        if event.worker not in self._spoken:
+            self._spoken.add(event.worker)
             self._learn(event.worker, None, event.kept)
         orders: list[Order] = []
         if event.replica is not None and event.epoch is not None:
             life = (event.replica, event.epoch)
             account = self._accounts.get(life)
             if account is not None:
-                self._answered(account, event.revision, event.level)
+                self._answered(account, event.revision, max(event.level, event.held))
                 if not account.lease.settled:  # the order may have been lost with the old connection
                     orders.append(self._message(life, account, now))
             elif not self._is_over(life):
-                self._adopt(life, event)
+                self._adopt(life, event, now)
         self._heard(event.worker)
         return orders
 
-    def _adopt(self, life: Life, event: PagesHeld) -> None:
+    def _adopt(self, life: Life, event: PagesHeld, now: float) -> None:
+        """Go on from where it is, which may be half-way through a recall of the book before this one."""
         lease = msgspec.structs.replace(
-            self._lease(str(life[0]), LeaseClass.KV), revision=event.revision, level=event.level, held=event.level
+            self._lease(str(life[0]), LeaseClass.KV),
+            revision=event.revision,
+            level=event.level,
+            held=max(event.level, event.held),
         )
-        self._accounts[life] = _Account(lease=lease, worker=event.worker, allotted=event.level, ceiling=event.level)
+        self._accounts[life] = _Account(
+            lease=lease,
+            worker=event.worker,
+            allotted=event.level,
+            ceiling=lease.charged,
+            deadline_s=now + PATIENCE_S,
+            repeat_s=now + PATIENCE_S,
+            reason="recalled before the ledger restarted",
+        )
         self._learn(event.worker, life, event.reserved)
 
     def _learn(self, worker: str, life: Life | None, pages_by_class: dict[LeaseClass, int]) -> None:
         for lease_class, pages in pages_by_class.items():
             if pages > 0 and lease_class not in _NOT_FOR_HOLDERS:
-                self._reserved[worker, life, lease_class] = pages
+                self._reserved.setdefault((worker, life, lease_class), pages)
 
     def _heard(self, worker: str) -> None:
         if worker in self._awaited:
@@ -321,7 +331,7 @@ class GpuLedger:
 
     def _worker_lost(self, worker: str) -> None:
         self._lost.add(worker)
-        self._workers.discard(worker)
+        self._spoken.discard(worker)
         for life in [life for life, account in self._accounts.items() if account.worker == worker]:
             self._end(life)
         for key in [key for key in self._reserved if key[0] == worker]:
@@ -329,13 +339,12 @@ class GpuLedger:
         self._heard(worker)
 
     def _end(self, life: Life) -> None:
-        if self._accounts.pop(life, None) is None:
-            return
-        self._waiting.pop(life, None)
-        for key in [key for key in self._reserved if key[1] == life]:
-            del self._reserved[key]
         if life[1].agent_start != self._agent_start:
-            self._ended.add(life)
+            self._ended.add(life)  # known or not: its announcement may come after its end
+        if self._accounts.pop(life, None) is not None:
+            self._waiting.pop(life, None)
+            for key in [key for key in self._reserved if key[1] == life]:
+                del self._reserved[key]
 
     def _is_over(self, life: Life) -> bool:
         """Of a life that has no account: whether it had one before."""

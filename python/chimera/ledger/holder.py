@@ -64,5 +64,6 @@ class Holder:
             epoch=self.epoch,
             reserved=reserved or {},
             revision=self.terms.revision,
-            level=self.terms.answer(self.held),
+            level=self.terms.level,
+            held=self.held,
         )

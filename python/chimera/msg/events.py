@@ -143,7 +143,9 @@ class PagesHeld(Event, frozen=True, kw_only=True):
     revision: int = 0
     """The newest order that the replica has read."""
     level: int = 0
-    """The most it has or may still take under that order."""
+    """What that order allows."""
+    held: int = 0
+    """What the replica has; above the level while it is still on its way down."""
 
 
 class GpuSampled(Event, frozen=True, kw_only=True):
