@@ -93,13 +93,13 @@ def test_a_damaged_frame_is_refused_or_understood(frame: bytes) -> None:
     check_frame(frame)
 
 
-@quick
+@settings(quick, max_examples=50)
 @given(damaged_streams())
 def test_a_damaged_stream_is_refused_or_understood(pieces: list[bytes]) -> None:
     check_stream(pieces)
 
 
-@quick
+@settings(quick, max_examples=150)
 @given(st.binary(max_size=200))
 def test_noise_is_refused(noise: bytes) -> None:
     check_frame(noise)
