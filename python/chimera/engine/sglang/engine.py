@@ -102,23 +102,25 @@ class SglangEngine:
             )
         started = time.perf_counter()
         try:
-            arguments = ServerArgs(**server_arguments(model, on_cpu=self._on_cpu, kv_bytes=kv_bytes))
-        except (TypeError, ValueError, AssertionError, OSError) as fault:
-            raise CannotServe(f"SGLang does not accept the model's arguments: {fault}", permanent=True) from fault
-        publish(arguments, role="scheduler")
-        device = 0 if self._on_cpu else gpu_ids[0]
-        try:
-            self._scheduler = _Mailboxed(arguments, PortArgs.init_new(arguments), device, 0, 0, 0, 0, 0, None)
-        except (ValueError, KeyError, OSError, RuntimeError, AssertionError, NotImplementedError, AttributeError) as fault:
-            log.debug("what SGLang said", exc_info=True)
+            self._scheduler = self._build(model, gpu_ids, kv_bytes)
+        except Exception as fault:
+            # Loaders and models raise whatever they meet; all of it is the reason why this model is not there.
+            log.warning("SGLang could not build model=%s", model.name, exc_info=True)
             _forget_process_state()
-            raise CannotServe(f"SGLang could not build the model: {type(fault).__name__}: {fault}", permanent=True) from fault
+            short = isinstance(fault, MemoryError | torch.OutOfMemoryError)
+            raise CannotServe(f"SGLang could not build it: {type(fault).__name__}: {fault}", permanent=not short) from fault
         log.info("built model=%s seconds=%.3f", model.name, time.perf_counter() - started)
         return Vitals(
             credits=self._scheduler.max_running_requests,
             kv_tokens=self._scheduler.max_total_num_tokens,
             context_length=self._scheduler.model_config.context_len,
         )
+
+    def _build(self, model: ModelSpec, gpu_ids: tuple[int, ...], kv_bytes: int | None) -> _Mailboxed:
+        arguments = ServerArgs(**server_arguments(model, on_cpu=self._on_cpu, kv_bytes=kv_bytes))
+        publish(arguments, role="scheduler")
+        device = 0 if self._on_cpu else gpu_ids[0]
+        return _Mailboxed(arguments, PortArgs.init_new(arguments), device, 0, 0, 0, 0, 0, None)
 
     def serve(self, post: Post) -> None:
         scheduler = self._require()
