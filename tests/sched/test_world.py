@@ -1,0 +1,173 @@
+"""Both schedulers together, under every mishap that a system of processes knows: each request ends exactly once."""
+
+from __future__ import annotations
+
+import pytest
+from chimera.core.replica import ReplicaId
+from chimera.msg.events import ModelRegistered, ModelRemoved, Outcome
+from chimera.sched.log import replay
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+
+from tests.sched.builders import placement, seat
+from tests.sched.world import AgentSide, Worker, World
+
+MODELS = ("a", "b", "c", "unplaced")
+
+
+def small_world() -> World:
+    """`a` twice on one node, `b` once on each, `c` over two GPUs; `unplaced` has no seat."""
+    wanted = placement(seat("a", 0), seat("a", 1, index=1), seat("b", 1), seat("b", 2, index=1), seat("c", 0, 1))
+    return World(wanted, {"north": (0, 1), "south": (2,)}, MODELS)
+
+
+class Mishaps(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = small_world()
+
+    def agent(self, data: st.DataObject) -> AgentSide:
+        return data.draw(st.sampled_from(list(self.world.agents.values())))
+
+    def worker(self, data: st.DataObject, *, loaded: bool) -> tuple[AgentSide, Worker]:
+        return data.draw(st.sampled_from(self.workers(loaded=loaded)))
+
+    def workers(self, *, loaded: bool) -> list[tuple[AgentSide, Worker]]:
+        found = [(agent, worker) for agent in self.world.agents.values() for worker in agent.workers.values()]
+        return [(agent, worker) for agent, worker in found if worker.loaded is loaded]
+
+    # Clients.
+
+    @rule(name=st.sampled_from([*MODELS, "unknown"]), count=st.integers(1, 4))
+    def a_client_sends(self, name: str, count: int) -> None:
+        for _ in range(count):
+            self.world.front.send(name)
+
+    @precondition(lambda self: self.world.front.open)
+    @rule(data=st.data())
+    def a_client_leaves(self, data: st.DataObject) -> None:
+        self.world.front.leave(data.draw(st.sampled_from(sorted(self.world.front.open))))
+
+    # Messages.
+
+    @precondition(lambda self: self.world.front.up)
+    @rule(again=st.booleans())
+    def the_front_end_is_heard(self, again: bool) -> None:
+        up = self.world.front.up
+        self.world.tell_control(up[0] if again else up.popleft())
+
+    @precondition(lambda self: self.world.links())
+    @rule(data=st.data(), again=st.booleans(), many=st.integers(1, 5))
+    def messages_arrive(self, data: st.DataObject, again: bool, many: int) -> None:
+        agent, direction = data.draw(st.sampled_from(self.world.links()))
+        for _ in range(min(many, len(getattr(agent, direction)))):
+            self.world.deliver(agent, direction, again=again)
+
+    @rule()
+    def everything_arrives(self) -> None:
+        while self.world.front.up:
+            self.world.tell_control(self.world.front.up.popleft())
+        while self.world.links():
+            self.world.deliver(*self.world.links()[0])
+
+    @precondition(lambda self: self.world.ghosts)
+    @rule(data=st.data())
+    def news_of_a_process_long_gone_arrives(self, data: st.DataObject) -> None:
+        self.world.tell_control(data.draw(st.sampled_from(self.world.ghosts)))
+
+    @rule(seconds=st.sampled_from([0.1, 1.0, 11.0, 40.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.world.pass_time(seconds)
+
+    # Workers.
+
+    @precondition(lambda self: self.workers(loaded=False))
+    @rule(data=st.data(), how=st.sampled_from(["loads", "loads", "loads", "fails", "never", "dies"]))
+    def an_activation_comes_to_something(self, data: st.DataObject, how: str) -> None:
+        agent, worker = self.worker(data, loaded=False)
+        match how:
+            case "loads":
+                agent.load(worker)
+            case "dies":
+                agent.kill(worker)
+            case _:
+                agent.fail(worker, permanent=how == "never")
+
+    @precondition(lambda self: any(worker.running for _, worker in self.workers(loaded=True)))
+    @rule(data=st.data())
+    def a_request_ends(self, data: st.DataObject) -> None:
+        busy = [(agent, worker) for agent, worker in self.workers(loaded=True) if worker.running]
+        agent, worker = data.draw(st.sampled_from(busy))
+        outcome = data.draw(st.sampled_from([Outcome.STOP, Outcome.LENGTH, Outcome.REQUEUED]))
+        agent.end(worker, data.draw(st.sampled_from(worker.running)), outcome)
+
+    @precondition(lambda self: self.workers(loaded=True))
+    @rule(data=st.data(), killed=st.booleans())
+    def a_worker_goes(self, data: st.DataObject, killed: bool) -> None:
+        agent, worker = self.worker(data, loaded=True)
+        if killed:
+            agent.kill(worker)
+        elif worker.leaving:
+            agent.leave(worker)
+
+    # Processes and links.
+
+    @rule(data=st.data())
+    def a_link_comes_or_goes(self, data: st.DataObject) -> None:
+        agent = self.agent(data)
+        if agent.connected:
+            self.world.cut(agent)
+        else:
+            agent.connect()
+
+    @rule(data=st.data())
+    def an_agent_starts_anew(self, data: st.DataObject) -> None:
+        self.world.restart_agent(self.agent(data))
+
+    @rule()
+    def control_starts_anew(self) -> None:
+        self.world.restart_control()
+
+    @rule(name=st.sampled_from(["a", "c"]), there=st.booleans())
+    def a_model_is_removed_or_comes_back(self, name: str, there: bool) -> None:
+        self.world.tell_control(ModelRegistered(model=self.world.models[name]) if there else ModelRemoved(model=name))
+
+    def teardown(self) -> None:
+        world = self.world
+        world.settle()
+        assert set(world.front.ends) == {f"r{n}" for n in range(1, world.front.sent + 1)}
+        assert set(world.front.ends.values()) <= {1}, "a request ended twice"
+        assert world.control.requests_of("front-0") == [], "control remembers a request that has ended"
+        for log in (world.log, *(agent.log for agent in world.agents.values())):
+            assert replay(log).differences == (), "a log does not lead to the same actions again"
+
+
+def run(examples: int, steps: int) -> None:
+    run_state_machine_as_test(
+        Mishaps,
+        settings=settings(
+            max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+
+
+def test_every_request_ends_exactly_once_whatever_happens() -> None:
+    run(examples=30, steps=30)
+
+
+@pytest.mark.slow
+def test_every_request_ends_exactly_once_whatever_happens_for_long() -> None:
+    run(examples=1500, steps=80)
+
+
+def test_a_quiet_world_serves_everyone() -> None:
+    world = small_world()
+    world.settle()
+    for n in range(20):
+        world.front.send("abc"[n % 3])
+        world.settle()
+    assert world.front.ends == {f"r{n}": 1 for n in range(1, 21)}
+    assert not world.ghosts
+    serving = {tenant.replica for agent in world.agents.values() for tenant in agent.node.tenants()}
+    assert serving == {ReplicaId("a"), ReplicaId("a", 1), ReplicaId("b"), ReplicaId("b", 1), ReplicaId("c")}
