@@ -342,6 +342,58 @@ class TestTensors:
             pool.close()
 
 
+class TestMoving:
+    @pytest.mark.parametrize("layout_class", [Interleaved, PerLayer])
+    @pytest.mark.parametrize("block", [1, 16])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn])
+    def test_what_leaving_stripes_hold_moves_with_its_contents(self, layout_class, block: int, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+        kind = KvKind.heads(layers=2, kv_heads=1, head_dim=33, dtype=dtype, v_head_dim=7)
+        sizes = {"granularity": GRANULE, "block_slots": block, "stripe_bytes": GRANULE}
+        per = layout_class(kind, slots=1, **sizes).slots_per_stripe
+        layout = layout_class(kind, slots=4 * per, **sizes)
+        with HostDriver(GRANULE) as driver:
+            pool = ElasticPool(layout, reserve_for(layout, driver), block_slots=block)
+            pool.grow(4)
+            row = alloc(pool, pool.slots.available)
+            planes = [tensor.view(torch.uint8) for layers in pool.tensors().values() for tensor in layers]
+            written = [torch.randint(0, 255, (len(row), *plane.shape[1:]), dtype=torch.uint8) for plane in planes]
+            for plane, values in zip(planes, written, strict=True):
+                plane[row] = values
+            keep = len(row) // block // 2 * block
+            pool.slots.free(row[keep:])
+            row = row[:keep]
+            assert len(pool.shrink(1, lambda candidates, count: [1])) == 1
+            leaving = pool.slots.on_leaving(row)
+            moved = pool.move(row[leaving])
+            assert moved is not None
+            row[leaving] = moved
+            assert stripes_of(pool, row).isdisjoint({1})
+            assert pool.tick() == 1
+            for plane, values in zip(planes, written, strict=True):
+                assert torch.equal(plane[row], values[:keep])
+            assert len(set(row.tolist())) == keep
+            pool.close()
+
+    def test_nothing_moves_where_nothing_is_free(self) -> None:
+        pool = pool_of(2)
+        pool.grow(2)
+        row = alloc(pool, pool.slots.available)
+        pool.shrink(1)
+        assert pool.move(row[pool.slots.on_leaving(row)]) is None
+        assert pool.slots.used == len(row)
+
+
+def test_stripes_with_nothing_that_must_stay_go_before_emptier_ones() -> None:
+    pool = pool_of(3)
+    pool.grow(3)
+    per = pool.layout.slots_per_stripe
+    row = alloc(pool, pool.slots.available)
+    pool.slots.free(row[-4:])
+    cached = row[stripe_of(pool, row) == 1]
+    assert len(cached) == per
+    assert pool.shrink(1, evictable=cached) == [1]
+
+
 class TestContentsNeverCross:
     def test_what_one_replica_wrote_the_next_cannot_read_from_the_reserve(self) -> None:
         driver = FakeDriver(GRANULE)

@@ -94,6 +94,10 @@ class Layout(Protocol):
         """By plane: one tensor `[slots, *shape]` per layer, over all stripes."""
         ...
 
+    def rows(self, tensor_at: TensorAt) -> list[torch.Tensor]:
+        """The same memory as few tensors `[slots, items]` as there can be: what copying a slot has to copy."""
+        ...
+
 
 class Interleaved:
     """`[slots, layers, planes, …]`: a layer is a strided view, a stripe is one handle.
@@ -128,6 +132,10 @@ class Interleaved:
                 offset += self.kind.bytes_of(plane)
         return views
 
+    def rows(self, tensor_at: TensorAt) -> list[torch.Tensor]:
+        items = self.record_bytes // self.kind.dtype.itemsize
+        return [tensor_at(0, (self.stripes * self.slots_per_stripe, items), (items, 1))]
+
 
 class PerLayer:
     """One contiguous buffer per layer and plane, as a stock engine has it: a stripe is a piece of each of them."""
@@ -159,6 +167,10 @@ class PerLayer:
             shape = (self.stripes * self.slots_per_stripe, *plane.shape)
             views[plane.name].append(tensor_at(base, shape, _strides(shape)))
         return views
+
+    def rows(self, tensor_at: TensorAt) -> list[torch.Tensor]:
+        slots = self.stripes * self.slots_per_stripe
+        return [tensor_at(base, (slots, plane.items), (plane.items, 1)) for base, plane in self._buffers()]
 
     def _buffers(self) -> list[tuple[int, Plane]]:
         """Where each layer's buffer of each plane begins."""

@@ -6,7 +6,9 @@ which slots must be freed, and whoever holds them frees them. Everything here is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 
@@ -18,6 +20,9 @@ from chimera.kv.layout import Layout
 from chimera.kv.reserve import Departure, Reserve
 from chimera.kv.slots import SlotAllocator
 from chimera.kv.victims import Chooser, StripeState, StripeView, emptiest
+from chimera.units import MIB
+
+_MOVED_AT_ONCE_BYTES: Final = 16 * MIB
 
 
 class ElasticPool:
@@ -26,8 +31,13 @@ class ElasticPool:
     The first stripe to come is number 0, and it stays until `close`: slot 0 is where engines write what nobody reads.
 
     A shrink takes its time: `shrink` chooses stripes and withholds their free slots, `slots.on_leaving` tells the engine
-    what to evict, and `tick`, called once per step and when idle, lets go of what has become empty after the last step that
-    could have read it. A `grow` meanwhile first calls back stripes that are still leaving.
+    what is in the way, and `tick`, called once per step and when idle, lets go of what has become empty after the last step
+    that could have read it. A `grow` meanwhile first calls back stripes that are still leaving.
+
+    What is in the way is moved or evicted. In a pool that has turned over a few times every prefix touches most stripes, and
+    evicting all that touch half of them empties the cache; so an engine evicts what it values least, wherever it lies, until
+    the rest fits, and moves the rest (`move`). One whose slot numbers are known elsewhere cannot move them, and chooses
+    stripes and prefixes together (`victims.Prefixes`).
     """
 
     def __init__(
@@ -61,6 +71,14 @@ class ElasticPool:
         self._fenced: dict[int, Passed] = {}
         """Stripes found empty, and the fence each waits for."""
         self._departures: list[tuple[Departure, list[int]]] = []
+
+    @functools.cached_property
+    def _rows(self) -> list[torch.Tensor]:
+        dtype = self.layout.kind.dtype
+        rows = self.layout.rows(
+            lambda offset, shape, strides: self._arena.tensor(offset=offset, shape=shape, strides=strides, dtype=dtype)
+        )
+        return [row.view(_widest(row.shape[1] * dtype.itemsize)) for row in rows]
 
     @property
     def stripe_bytes(self) -> int:
@@ -113,16 +131,17 @@ class ElasticPool:
         absent = [stripe for stripe, state in enumerate(self._states) if state is StripeState.ABSENT]
         return called_back + self._bring(absent[: stripes - called_back])
 
-    def shrink(self, stripes: int, choose: Chooser = emptiest) -> list[int]:
+    def shrink(self, stripes: int, choose: Chooser = emptiest, *, evictable: torch.Tensor | None = None) -> list[int]:
         """Ask up to this many stripes to leave; those that shall are the answer. Waits for the device, to count.
 
-        Stripe 0 is never asked. What the chosen ones still hold is for the caller to evict: see `slots.on_leaving`.
+        Stripe 0 is never asked. `evictable` are the slots that the caller could free or move at once: the chooser is told
+        how many of them each stripe has. What the chosen ones still hold is the caller's to clear away.
         """
         self._require_open()
         stripes = min(stripes, self.staying_stripes - 1)
         if stripes <= 0:
             return []
-        candidates = [view for view in self.census() if view.state is StripeState.MAPPED and view.stripe != 0]
+        candidates = [view for view in self.census(evictable) if view.state is StripeState.MAPPED and view.stripe != 0]
         chosen = list(choose(candidates, stripes))[:stripes]
         if not {view.stripe for view in candidates}.issuperset(chosen) or len(set(chosen)) != len(chosen):
             raise ValueError(f"{chosen} are not stripes that may leave")
@@ -130,6 +149,24 @@ class ElasticPool:
         for stripe in chosen:
             self._states[stripe] = StripeState.LEAVING
         return chosen
+
+    def move(self, slots: torch.Tensor) -> torch.Tensor | None:
+        """Copy whole blocks to slots that stay, free the old ones; the new slots are the answer, or None if they are short.
+
+        For blocks that no step in flight writes and whose numbers the caller can exchange. The copy is queued on the current
+        stream, which must be behind the steps that wrote them.
+        """
+        self._require_open()
+        new = self.slots.alloc(len(slots))
+        if new is None:
+            return None
+        for rows in self._rows:
+            # In portions, because a portion is for a moment in memory twice more.
+            portion = max(1, _MOVED_AT_ONCE_BYTES // (rows.shape[1] * rows.itemsize))
+            for here, there in zip(slots.split(portion), new.split(portion), strict=True):
+                rows[there] = rows[here]
+        self.slots.free(slots)
+        return new
 
     def resize(self, stripes: int, choose: Chooser = emptiest) -> int:
         """Grow or begin to shrink towards a level; the level reached is the answer."""
@@ -242,3 +279,8 @@ class ElasticPool:
     def _require_open(self) -> None:
         if not self._arena.is_open:
             raise ValueError("the pool is closed")
+
+
+def _widest(row_bytes: int) -> torch.dtype:
+    """The largest integers that a row is made of: bytes are copied alike whatever they mean, and wide ones faster."""
+    return next(dtype for dtype in (torch.int64, torch.int32, torch.int16, torch.uint8) if row_bytes % dtype.itemsize == 0)

@@ -27,7 +27,7 @@ class StripeView:
     used_slots: int
     free_slots: int
     evictable_slots: int = 0
-    """Of the used ones, those a prefix cache could drop at once."""
+    """Of the used ones, those that could be freed or moved at once: nothing that runs has them."""
 
 
 Chooser = Callable[[Sequence[StripeView], int], Sequence[int]]
@@ -35,8 +35,9 @@ Chooser = Callable[[Sequence[StripeView], int], Sequence[int]]
 
 
 def emptiest(candidates: Sequence[StripeView], count: int) -> list[int]:
-    """Those with the fewest slots in use: right when nothing is known of what they hold."""
-    return [view.stripe for view in sorted(candidates, key=lambda view: view.used_slots)[:count]]
+    """Those with the fewest slots that must stay where they are, then with the fewest in use: least to wait for, least to move."""
+    by_use = sorted(candidates, key=lambda view: (view.used_slots - view.evictable_slots, view.used_slots))
+    return [view.stripe for view in by_use[:count]]
 
 
 def cheapest(value: Sequence[float]) -> Chooser:
