@@ -35,7 +35,7 @@ Chooser = Callable[[Sequence[StripeView], int], Sequence[int]]
 
 
 def emptiest(candidates: Sequence[StripeView], count: int) -> list[int]:
-    """Those with the fewest slots that must stay where they are, then with the fewest in use: least to wait for, least to move."""
+    """Those with the fewest slots that must stay where they are, then the fewest in use: least to wait for and to move."""
     by_use = sorted(candidates, key=lambda view: (view.used_slots - view.evictable_slots, view.used_slots))
     return [view.stripe for view in by_use[:count]]
 
