@@ -23,13 +23,13 @@ def main() -> int:
     parser.add_argument(
         "--drain-s", type=float, default=DRAIN_S, help="how long requests may take to end when it is told to stop"
     )
-    parser.add_argument("--decisions", type=Path, help="append every decision to this file")
+    parser.add_argument("--decisions", type=Path, help="write every decision to this file")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
     process.start_logging(f"agent/{arguments.name}", arguments.log_level)
     gpus = msgspec.json.decode(arguments.gpus.read_bytes(), type=tuple[Gpu, ...])
 
-    decisions = None if arguments.decisions is None else arguments.decisions.open("ab", buffering=0).write
+    decisions = None if arguments.decisions is None else process.fresh_log(arguments.decisions)
 
     async def live(stop: asyncio.Event) -> None:
         agent = Agent(

@@ -43,6 +43,7 @@ MOST_SHORT_LIVES = 5
 FIRST_PAUSE_S = 0.1
 LEAVE_S = 5.0
 """What a process without work is given to leave in order."""
+ASK_AGAIN_S = 0.05
 PORT_IN_USE = 2
 """The exit status by which a front-end says so."""
 
@@ -93,6 +94,8 @@ class Supervisor:
         self._told = asyncio.Event()
         """To stop, by a signal or because there is no use in going on."""
         self._hurry = asyncio.Event()
+        self._fronts_awaited = {f"front-{i}" for i in range(service.fronts)}
+        self._fronts_here = asyncio.Event()
         self._waiting_for = {seat.replica for seat in service.wanted.seats}
         self._failures: dict[ReplicaId, int] = {}
         self._ready_models: set[ReplicaId] = set()
@@ -194,20 +197,20 @@ class Supervisor:
             await link.close()
 
     async def _fronts_ready(self, port: int) -> None:
-        """Until one answers; those that share its port come up beside it."""
-        listening = asyncio.Event()
-        link = Link((port_of.reachable(self._service.host), port), on_open=listening.set, on_message=lambda _: None)
-        link.start()
-        try:
-            await listening.wait()
-        finally:
-            await link.close()
+        """Until control has met each of them, and the port is answered."""
+        await self._fronts_here.wait()
+        while not await answers(port_of.reachable(self._service.host), port):
+            await asyncio.sleep(ASK_AGAIN_S)  # noqa: ASYNC110 - it is another process that we wait for
 
     def _greet(self, news: Link) -> None:
         news.send(Hello(role="cli", name="supervisor", pid=os.getpid()))
 
     def _hear(self, message: Message) -> None:
         match message:
+            case Hello(role="front", name=name):
+                self._fronts_awaited.discard(name)
+                if not self._fronts_awaited:
+                    self._fronts_here.set()
             case ReplicaReady(replica=replica) if replica not in self._ready_models:
                 self._ready_models.add(replica)
                 self._progress(replica, f"ready in {message.load_s:.1f} s")
@@ -339,6 +342,22 @@ class Supervisor:
         for child in self._children:
             if child.process is not None and child.process.returncode is None:
                 child.process.returncode = -signal.SIGKILL
+
+
+async def answers(host: str, port: int) -> bool:
+    """Whether a front-end is there and fit to serve."""
+    try:
+        reader, writer = await asyncio.open_connection(host, port)
+    except OSError:
+        return False
+    try:
+        writer.write(f"GET /health HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        status = await reader.readline()
+    except OSError:
+        return False
+    finally:
+        writer.close()
+    return status.startswith(b"HTTP/1.1 200")
 
 
 def _child(name: str, module: str, *arguments: str) -> Child:

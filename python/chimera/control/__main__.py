@@ -22,13 +22,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="chimera.control", description=__doc__)
     parser.add_argument("--run-dir", type=Path, required=True, help="where the sockets are")
     parser.add_argument("--deployment", type=Path, required=True, help="the models and where they are wanted, as JSON")
-    parser.add_argument("--decisions", type=Path, help="append every decision to this file")
+    parser.add_argument("--decisions", type=Path, help="write every decision to this file")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
     process.start_logging("control", arguments.log_level)
     charge = Charge.read(arguments.deployment)
 
-    decisions = None if arguments.decisions is None else arguments.decisions.open("ab", buffering=0).write
+    decisions = None if arguments.decisions is None else process.fresh_log(arguments.decisions)
 
     async def live(stop: asyncio.Event) -> None:
         exchange = Exchange(

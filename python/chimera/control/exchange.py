@@ -36,14 +36,16 @@ AgentEvent = (
     | events.RequestFinished
 )
 News = events.ReplicaReady | events.ReplicaStopped | events.ActivationFailed | events.WorkerLost
-"""What command-line clients that stay connected are told, beginning with the newest of each replica."""
+"""What command-line clients that stay connected are told, beginning with the newest of each replica; and every front-end's
+greeting."""
 
 
 class _Front:
     """One front-end process; its channel comes and goes."""
 
-    def __init__(self, name: str, channel: Channel, vigil: Vigil) -> None:
-        self.name = name
+    def __init__(self, hello: stream.Hello, channel: Channel, vigil: Vigil) -> None:
+        self.hello = hello
+        self.name = hello.name
         self.channel = channel
         self.vigil = vigil
 
@@ -93,6 +95,7 @@ class Exchange:
             self._timer.cancel()
         for front in self._fronts.values():
             front.vigil.close()
+        self._agents.clear()  # their connections end because we go, not they
         if self._server is not None:
             await self._server.close()
 
@@ -128,11 +131,13 @@ class Exchange:
             except ProcessLookupError:
                 channel.close()
                 return
-            front = _Front(hello.name, channel, vigil)
+            front = _Front(hello, channel, vigil)
             self._fronts[hello.name] = front
         channel.deliver_to(lambda message: self._front_says(hello.name, channel, message))
         for model in self._models:
             channel.send(events.ModelRegistered(model=model))
+        for watcher in self._watchers:
+            watcher.send(hello)
         log.info("front-end %s is here pid=%d", hello.name, hello.pid)
 
     def _front_gone(self, front: _Front) -> None:
@@ -177,6 +182,8 @@ class Exchange:
 
     def _take_in_watcher(self, channel: Channel) -> None:
         self._watchers.add(channel)
+        for front in self._fronts.values():
+            channel.send(front.hello)
         for news in self._news.values():
             channel.send(news)
         channel.deliver_to(lambda message: self._watcher_says(channel, message), lambda _: self._watchers.discard(channel))

@@ -9,6 +9,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 _log = logging.getLogger(__name__)
@@ -17,6 +18,14 @@ _log = logging.getLogger(__name__)
 def start_logging(name: str, level: str) -> None:
     """To standard error, each line under the name of its process."""
     logging.basicConfig(level=level.upper(), format=f"%(asctime)s %(levelname).1s {name} %(name)s: %(message)s")
+
+
+def fresh_log(path: Path) -> Callable[[bytes], object]:
+    """Where a new life of a process writes its log: a new file. An earlier life's is kept beside it, under a number."""
+    if path.exists():
+        number = sum(1 for _ in path.parent.glob(f"{path.stem}.*{path.suffix}"))
+        path.rename(path.with_suffix(f".{number + 1}{path.suffix}"))
+    return path.open("ab", buffering=0).write
 
 
 def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
