@@ -192,14 +192,19 @@ class Audited(LedgerServer):
 
     async def kill_one(self, rng: random.Random) -> tuple[float, int]:
         """How long the pages of a holder killed with -9 take to be back, and how many there were."""
-        worker, life = rng.choice(sorted(self.lives.items()))
-        pages = sum(e.lease.charged for e in self.ledger[0].view(0.0).entries if e.worker == worker)
-        begin_s = time.monotonic()
-        os.kill(int(worker.rpartition("-")[2]), signal.SIGKILL)
+        while True:
+            worker = rng.choice(sorted(self.lives))
+            pages = sum(e.lease.charged for e in self.ledger[0].view(0.0).entries if e.worker == worker)
+            begin_s = time.monotonic()
+            try:
+                os.kill(int(worker.rpartition("-")[2]), signal.SIGKILL)
+                break
+            except ProcessLookupError:  # it has just died of itself
+                await asyncio.sleep(0)
         while self.last_gone[0] != worker:
             self.gone.clear()
             await self.gone.wait()
-        assert not any(e.worker == worker for e in self.ledger[0].view(0.0).entries), life
+        assert not any(e.worker == worker for e in self.ledger[0].view(0.0).entries), f"{worker} is dead and charged"
         return self.last_gone[1] - begin_s, pages
 
 

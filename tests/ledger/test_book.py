@@ -174,6 +174,15 @@ def test_a_recall_taken_back_before_it_was_answered_needs_no_free_page() -> None
     assert (a.held, a.terms.level) == (8, 8)
 
 
+def test_an_order_is_repeated_even_if_its_level_is_what_the_holder_might_have() -> None:
+    ledger = ledger_of(8)
+    a = opened(ledger, "a")
+    for level in (7, 0, 7):
+        (lost,) = allot(ledger, a, level)
+    assert entry(ledger, a).lease.held == 7, "it might have read the first of them"
+    assert ledger.on(Woke(), NOW + PATIENCE_S) == [lost]
+
+
 def test_a_reservation_is_whole_or_refused() -> None:
     ledger = ledger_of(8, margin=1)
     assert ledger.reserve("w", LeaseClass.CONTEXT, 3)

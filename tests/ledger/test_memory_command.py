@@ -36,7 +36,7 @@ def test_a_gpu_is_shown_by_class_and_by_holder() -> None:
     assert (
         "\n".join(render(a_view()))
         == """\
-GPU 0  virtual (local)                                       0 B free of 8 GiB
+GPU 0  virtual (local)                                         0 B free of 8 GiB
   weights       1 GiB    12%   ██████
   kv          5.6 GiB    70%   ████████████████████████████████
   context     128 MiB     2%   █

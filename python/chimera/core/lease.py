@@ -35,6 +35,8 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
     """Pages granted by the newest revision."""
     held: int
     """Pages the holder last said it has, or may have taken under an earlier revision that it has not answered."""
+    confirmed: int = 0
+    """The newest revision that the holder has answered."""
 
     @property
     def charged(self) -> int:
@@ -42,7 +44,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def settled(self) -> bool:
-        return self.level == self.held
+        return self.confirmed == self.revision and self.level == self.held
 
     def at(self, level: int) -> Lease:
         """The next revision. Until the holder answers it, it may have taken all that the last one allowed."""
@@ -56,7 +58,7 @@ class Lease(msgspec.Struct, frozen=True, kw_only=True):
         """
         if revision != self.revision:
             return self
-        return msgspec.structs.replace(self, held=max(self.level, min(self.held, held)))
+        return msgspec.structs.replace(self, confirmed=revision, held=max(self.level, min(self.held, held)))
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):

@@ -304,6 +304,7 @@ class GpuLedger:
             revision=event.revision,
             level=event.level,
             held=max(event.level, event.held),
+            confirmed=event.revision,
         )
         self._accounts[life] = _Account(
             lease=lease,
