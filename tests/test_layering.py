@@ -23,7 +23,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "kv": ({"core", "vmm"}, {"torch", "msgspec"}),
     "ledger": ({"core", "msg", "wire"}, {"msgspec"}),
     "weights": ({"core", "vmm"}, {"torch", "msgspec"}),
-    "engine": ({"core", "msg", "vmm", "kv", "weights"}, {"torch", "sglang", "transformers", "msgspec"}),
+    "engine": ({"core", "msg", "vmm", "kv", "weights"}, {"torch", "sglang", "transformers", "msgspec", "zmq"}),
     "worker": ({"core", "msg", "wire", "engine", "vmm", "kv", "weights"}, {"msgspec"}),
     "agent": ({"core", "msg", "wire", "sched", "ledger", "vmm", "weights"}, {"msgspec", "pynvml", "uvloop"}),
     "control": ({"core", "msg", "wire", "sched"}, {"msgspec", "uvloop"}),

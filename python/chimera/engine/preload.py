@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from chimera.engine.api import CannotServe, Engine
 
@@ -33,23 +32,11 @@ def preload(name: str) -> Callable[[], Engine]:
     return make
 
 
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the list of what this machine cannot do: SGLang warns of every kernel and architecture that it misses."""
-    # Not undone: a worker's standard error is a log, and bars of fractions of a second do not belong there.
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    logger = logging.getLogger("sglang")
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    logger.setLevel(logging.WARNING)
-
-
 def _preload_sglang() -> Callable[[], Engine]:
     from chimera.engine.sglang import standins, versions
 
     versions.require_supported()
+    _hush_sglang()
     standins.install()
     import torch
 
@@ -57,15 +44,22 @@ def _preload_sglang() -> Callable[[], Engine]:
         # Many workers share few cores; a pool of threads each would only take turns. Set before the first operation,
         # so that no thread exists when workers are forked.
         torch.set_num_threads(1)
-    with _quietly():
-        import sglang.srt.models.registry  # noqa: F401 - imports every architecture
-        from sglang.srt.plugins import load_plugins
+    import sglang.srt.models.registry  # noqa: F401 - imports every architecture
+    from sglang.srt.plugins import load_plugins
 
-        from chimera.engine.sglang.engine import SglangEngine
+    from chimera.engine.sglang.engine import SglangEngine
 
-        load_plugins()
+    load_plugins()
     if torch.cuda.is_initialized():
         raise CannotServe("importing SGLang has initialised CUDA, and a forked worker could not use it", permanent=True)
     if threading.active_count() > 1:
         log.warning("threads alive before the first fork: %s", ", ".join(t.name for t in threading.enumerate()))
     return SglangEngine
+
+
+def _hush_sglang() -> None:
+    """SGLang tells of every kernel and architecture that a machine misses, and draws a bar for every file: errors will do."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    warnings.filterwarnings("ignore", module=r"sglang\.|torch\.")
+    if not log.isEnabledFor(logging.DEBUG):
+        logging.getLogger("sglang").setLevel(logging.ERROR)
