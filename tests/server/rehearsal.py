@@ -111,7 +111,9 @@ class Rehearsal:
         self.worker = self.another_worker(run_dir)
         self.serving: list[ReplicaId] = [ReplicaId(models[0].name)]
         self.fronts: list[Channel] = []
-        self._run_dir = run_dir
+        self.greeted = asyncio.Event()
+        """A front-end knows the models."""
+        self.run_dir = run_dir
         self._server: Server | None = None
         self._answering: set[asyncio.Task[None]] = set()
 
@@ -120,12 +122,12 @@ class Rehearsal:
         return Worker(run_dir, ReplicaId("m"))
 
     async def start(self) -> None:
-        self._server = await serve(self._run_dir / "control.sock", self._front_came)
+        self._server = await serve(self.run_dir / "control.sock", self._front_came)
 
     async def stop(self) -> None:
         """Control goes; the worker stays."""
-        assert self._server is not None
-        await self._server.close()
+        if self._server is not None:
+            await self._server.close()
         self.fronts.clear()
 
     async def close(self) -> None:
@@ -175,6 +177,7 @@ class Rehearsal:
                     channel.send(ModelRegistered(model=spec))
             case stream.SnapshotWanted():
                 channel.send(stream.SnapshotTaken(snapshot=self.snapshot()))
+                self.greeted.set()
             case stream.Cancel(request_id=request_id):
                 self.cancelled.put_nowait(request_id)
             case stream.Enqueue():

@@ -227,7 +227,7 @@ async def test_what_breaks_the_contract_ends_only_its_own_connection(stage: Stag
 async def test_a_client_that_never_reads_is_taken_for_gone(stage: Stage) -> None:
     stage.rehearsal.hold = True
     host, port = stage.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port), limit=1)
+    _, writer = await asyncio.open_connection(host, int(port), limit=1)
     body = json.dumps({**ASK, "stream": True}).encode()
     writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (CHAT.encode(), len(body), body))
     request = await stage.rehearsal.next_request()

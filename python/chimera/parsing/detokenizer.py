@@ -53,17 +53,15 @@ class TokenBytes(dict[int, bytes]):
 class ByteDetokenizer:
     """For byte-level vocabularies."""
 
-    __slots__ = ("_bytes", "_unfinished")
+    __slots__ = ("_spell", "_unfinished")
 
     def __init__(self, token_bytes: TokenBytes) -> None:
-        self._bytes = token_bytes
+        self._spell = token_bytes.__getitem__
         self._unfinished = b""
         """The beginning of a character."""
 
     def feed(self, token_ids: Sequence[int]) -> str:
-        spelled = self._unfinished
-        for token_id in token_ids:
-            spelled += self._bytes[token_id]
+        spelled = self._unfinished + b"".join(map(self._spell, token_ids))
         text, used = codecs.utf_8_decode(spelled, "replace", False)
         self._unfinished = spelled[used:]
         return text
