@@ -26,7 +26,7 @@ def entry(name: str = "a", path: str = "llama", **keys: Any) -> dict[str, Any]:
     return {"model_name": name, "model_path": path, **keys}
 
 
-def seat(*gpu_ids: int, **keys: Any) -> dict[str, Any]:
+def seat(*gpu_ids: Any, **keys: Any) -> dict[str, Any]:
     return {"gpu_ids": list(gpu_ids), **keys}
 
 
@@ -166,6 +166,11 @@ def test_faults_of_every_kind_are_named_in_one_go(faults: FaultsOf) -> None:
 def test_a_repeated_gpu_is_a_fault(faults: FaultsOf) -> None:
     said = faults(entry(tp_size=2, init_placements=[seat(1, 1)]))
     assert said == ["[0].init_placements[0].gpu_ids: names a GPU twice"]
+
+
+def test_one_mistake_is_named_once(faults: FaultsOf) -> None:
+    said = faults(entry(tp_size=2, init_placements=[seat("0", 0, 0)]))
+    assert said == ["[0].init_placements[0].gpu_ids[0]: expected a whole number, found the text '0'"]
 
 
 def test_a_misspelt_folder_brings_its_neighbours_name(faults: FaultsOf) -> None:
