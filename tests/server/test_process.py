@@ -30,19 +30,8 @@ async def rehearsal() -> AsyncIterator[Rehearsal]:
         await rehearsal.close()
 
 
-async def front_end(rehearsal: Rehearsal, port: int, name: str = "front-0") -> asyncio.subprocess.Process:
-    command = [
-        "-m",
-        "chimera.server",
-        "--run-dir",
-        str(rehearsal.run_dir),
-        "--name",
-        name,
-        "--port",
-        str(port),
-        "--drain-s",
-        "5",
-    ]
+async def front_end(rehearsal: Rehearsal, port: int) -> asyncio.subprocess.Process:
+    command = ["-m", "chimera.server", "--run-dir", str(rehearsal.run_dir), "--name", "front-0", "--port", str(port)]
     return await asyncio.create_subprocess_exec(sys.executable, *command, stderr=asyncio.subprocess.PIPE)
 
 
@@ -115,6 +104,8 @@ async def until_refused(port: int) -> None:
                 _, writer = await asyncio.open_connection("127.0.0.1", port)
             except ConnectionRefusedError:
                 return
+            except ConnectionResetError:  # it was closing just then
+                continue
             writer.close()
             await writer.wait_closed()
 

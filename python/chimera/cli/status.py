@@ -46,13 +46,14 @@ def render(snapshot: Snapshot) -> str:
 
 def _models(snapshot: Snapshot) -> str:
     """Every model: its replicas, a line each, or a line that says it is down."""
-    views: dict[str, list[ReplicaView | None]] = defaultdict(list)
-    for view in snapshot.replicas:
-        views[view.replica.model].append(view)
+    views = defaultdict(list)
+    for replica in snapshot.replicas:
+        views[replica.replica.model].append(replica)
     rows = []
     for spec in snapshot.models:
         waiting = snapshot.waiting.get(spec.name, 0)
-        for view in views[spec.name] or [None]:
+        ours: Sequence[ReplicaView | None] = views[spec.name] or [None]
+        for view in ours:
             rows.append(_row(spec.name, view, waiting))
             waiting = 0  # they wait for the model, not for one replica
     return _table(("MODEL", "STATE", "GPU", "RUNNING", "QUEUED", "WAITING", "KV TOKENS"), rows)
