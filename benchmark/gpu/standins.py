@@ -1,8 +1,8 @@
-"""Lets SGLang 0.5.16 import on a machine that lacks packages it imports but, in this set-up, never calls; files for PYTHONPATH.
+"""Lets stock SGLang import where packages are absent that it imports but, in this set-up, never calls; files for PYTHONPATH.
 
 SGLang's own processes start from a fresh interpreter, so what helps them must be a file that they find, not an object of ours.
 A package that the machine has is left alone; a stand-in's function that is called after all says so. A `sitecustomize` beside
-them lets SGLang register model names that a transformers newer than its pin knows already.
+them lets SGLang 0.5.16 register model names that a transformers newer than its pin knows already.
 """
 
 import importlib.util
@@ -30,15 +30,7 @@ def __getattr__(name):
     return called
 '''
 
-SITECUSTOMIZE = '''"""Before SGLang registers its model names, lets transformers accept one that it knows already."""
-
-import importlib.abc
-import runpy
-import sys
-from pathlib import Path
-
-
-def accept_known_names():
+ACCEPT_KNOWN_NAMES = """
     from transformers.models.auto import auto_factory, configuration_auto
 
     for mapping in (configuration_auto._LazyConfigMapping, auto_factory._LazyAutoMapping):
@@ -47,16 +39,33 @@ def accept_known_names():
             return register(self, key, value, exist_ok=True)
 
         mapping.register = register
+"""
+STAND_IN_FOR_A_GPU = """
+    from chimera.engine.sglang import standins
+
+    standins.install()
+"""
+
+SITECUSTOMIZE = '''"""Makes this interpreter fit for SGLang at the moment that it is first asked for."""
+
+import importlib.abc
+import runpy
+import sys
+from pathlib import Path
 
 
-class BeforeSGLang(importlib.abc.MetaPathFinder):
+def prepare():
+    {prepare}
+
+
+class Before(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name == "sglang.srt.configs":
+        if name == "{module}":
             sys.meta_path.remove(self)
-            accept_known_names()
+            prepare()
 
 
-sys.meta_path.insert(0, BeforeSGLang())
+sys.meta_path.insert(0, Before())
 
 # This file hides the interpreter's own sitecustomize, which must still run.
 for folder in sys.path:
@@ -73,11 +82,21 @@ def absent() -> list[str]:
 
 
 def write(folder: Path, packages: Iterable[str]) -> None:
-    """Writes the stand-ins of `packages`, and the sitecustomize, under `folder`."""
+    """For a machine with a GPU: the stand-ins of `packages`, and the sitecustomize, under `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
+    _prepare_before(folder, "sglang.srt.configs", ACCEPT_KNOWN_NAMES)
     for package in packages:
         home = folder / package
         home.mkdir(exist_ok=True)
         for module in ("__init__", *MODULES[package]):
             (home / f"{module}.py").write_text(STANDIN)
+
+
+def write_for_cpu(folder: Path) -> None:
+    """For a rehearsal: the sitecustomize alone; what stands in for a GPU's packages is the engine's own affair."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _prepare_before(folder, "sglang", STAND_IN_FOR_A_GPU)
+
+
+def _prepare_before(folder: Path, module: str, prepare: str) -> None:
+    (folder / "sitecustomize.py").write_text(SITECUSTOMIZE.format(module=module, prepare=prepare.strip()))

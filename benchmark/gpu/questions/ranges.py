@@ -184,12 +184,12 @@ def graph_beside_mapping(answer: Answer, driver: Driver, where: Device, build: B
     rows[:rows_each].fill_(1)
     slots = torch.arange(rows_each, device=where.torch)
     picked = torch.empty(rows_each, ROW_BYTES // 2, dtype=torch.bfloat16, device=where.torch)
-    total = torch.zeros((), dtype=torch.float32, device=where.torch)
+    total = torch.zeros((), dtype=torch.float64, device=where.torch)
 
     def step() -> None:
         for _ in range(PASSES):
             torch.index_select(rows, 0, slots, out=picked)
-        total.copy_(picked.sum(dtype=torch.float32))
+        total.copy_(picked.sum(dtype=torch.float64))
 
     replay = where.captured(step)
     expected = float(picked.numel())
