@@ -25,7 +25,9 @@ _STATUS = {
     "internal_error": 500,
     "bad_gateway": 502,
     "worker_lost": 502,
+    "agent_lost": 502,
     "model_not_loaded": 503,
+    "model_unavailable": 503,
     "service_unavailable": 503,
     "gateway_timeout": 504,
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 from functools import partial
@@ -16,11 +15,10 @@ from chimera.msg.events import ModelRegistered, ModelRemoved
 from chimera.msg.stream import Hello, SnapshotTaken, SnapshotWanted
 from chimera.server.catalogue import Catalogue
 from chimera.server.desk import Desk
-from chimera.wire.channel import Channel, Server, connect, serve
+from chimera.wire.channel import Channel, Server, serve
 from chimera.wire.codec import Message
+from chimera.wire.link import Link
 
-_FIRST_WAIT_S = 0.02
-_LONGEST_WAIT_S = 0.5
 _SNAPSHOT_WITHIN_S = 5.0
 
 _log = logging.getLogger(__name__)
@@ -29,36 +27,30 @@ _log = logging.getLogger(__name__)
 class Relay:
     def __init__(self, run_dir: Path, name: str, catalogue: Catalogue, desk: Desk) -> None:
         self._name = name
-        self._control_path = run_dir / "control.sock"
         self._worker_path = run_dir / f"{name}.sock"
         self._catalogue = catalogue
         self._desk = desk
+        self._workers: Server | None = None
+        self._control = Link(
+            run_dir / "control.sock", on_open=self._control_came, on_message=self._on_control, on_end=self._control_went
+        )
         self.in_touch = False
         """Control is there, and has told of all its models since it came."""
-        self._server: Server | None = None
-        self._keeping: asyncio.Task[None] | None = None
-        self._control: Channel | None = None
         self._snapshot: asyncio.Future[Snapshot] | None = None
         """What everyone who asked for the system's state waits for."""
 
     async def start(self) -> None:
-        self._server = await serve(self._worker_path, self._worker_came)
-        self._keeping = asyncio.create_task(self._keep_control())
+        self._workers = await serve(self._worker_path, self._worker_came)
+        self._control.start()
 
     async def close(self) -> None:
-        if self._keeping is not None:
-            self._keeping.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeping
-        if self._server is not None:
-            await self._server.close()
-        if self._control is not None:
-            self._control.close()
-            await self._control.wait_closed()
+        if self._workers is not None:
+            await self._workers.close()
+        await self._control.close()
 
     async def snapshot(self) -> Snapshot:
         """The state of the whole system, from control."""
-        if self._control is None:
+        if not self._control.up:
             raise RequestError("service_unavailable", "the server's control process is away", retry_after_s=1)
         if self._snapshot is None:
             self._snapshot = asyncio.get_running_loop().create_future()
@@ -69,31 +61,14 @@ class Relay:
         except TimeoutError:
             raise RequestError("gateway_timeout", f"control said nothing for {_SNAPSHOT_WITHIN_S:g} s") from None
 
-    async def _keep_control(self) -> None:
-        wait_s = _FIRST_WAIT_S
-        while True:
-            try:
-                channel = await connect(self._control_path)
-            except OSError:  # not up yet, or being started again
-                await asyncio.sleep(wait_s)
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-                continue
-            wait_s = _FIRST_WAIT_S
-            self._control_came(channel)
-            await channel.wait_closed()
-            self._control_went(channel)
-
-    def _control_came(self, channel: Channel) -> None:
+    def _control_came(self) -> None:
         _log.info("control is there")
-        self._control = channel
-        channel.send(Hello(role="front", name=self._name, pid=os.getpid()))
-        channel.send(SnapshotWanted())  # its answer comes after the last model's registration
-        channel.deliver_to(self._on_control)
-        self._desk.control_is_there(channel.send)
+        self._control.send(Hello(role="front", name=self._name, pid=os.getpid()))
+        self._control.send(SnapshotWanted())  # its answer comes after the last model's registration
+        self._desk.control_is_there(self._control.send)
 
-    def _control_went(self, channel: Channel) -> None:
-        _log.warning("control is away: %s", channel.fault or "it closed the connection")
-        self._control = None
+    def _control_went(self) -> None:
+        _log.warning("control is away")
         self.in_touch = False
         self._desk.control_is_lost()
         if self._snapshot is not None:
