@@ -34,10 +34,9 @@ class ElasticPool:
     what is in the way, and `tick`, called once per step and when idle, lets go of what has become empty after the last step
     that could have read it. A `grow` meanwhile first calls back stripes that are still leaving.
 
-    What is in the way is moved or evicted. In a pool that has turned over a few times every prefix touches most stripes, and
-    evicting all that touch half of them empties the cache; so an engine evicts what it values least, wherever it lies, until
-    the rest fits, and moves the rest (`move`). One whose slot numbers are known elsewhere cannot move them, and chooses
-    stripes and prefixes together (`victims.Prefixes`).
+    What is in the way is moved. In a pool that has turned over a few times every prefix touches most stripes, and evicting
+    all that touch half of them empties the cache (benchmark/micro/pool.py: 2 tokens lost for each one given back). So an
+    engine evicts what it values least, wherever it lies, until the rest fits, and moves the rest: exactly 1.
     """
 
     def __init__(
