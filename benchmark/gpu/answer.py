@@ -15,7 +15,7 @@ class Answer:
     """Written by the process that answers a question."""
 
     def __init__(self, path: Path) -> None:
-        self._lines = path.open("a", buffering=1)
+        self._path = path
 
     def figure(self, name: str, value: float, unit: str, spread: tuple[float, float] | None = None) -> None:
         self._write({"name": name, "value": float(value), "unit": unit, "spread": spread})
@@ -29,7 +29,8 @@ class Answer:
         self._write({"name": name, "told": str(told)})
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+        with self._path.open("a") as lines:
+            lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def read(path: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:

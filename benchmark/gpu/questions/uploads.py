@@ -142,8 +142,8 @@ def ring(answer: Answer, where: Device, weights: Region, target: torch.Tensor, t
                 ctypes.memmove(own[turn].data_ptr(), weights.address + at, nbytes)  # leaves the interpreter's lock
                 target[at : at + nbytes].copy_(own[turn][:nbytes], non_blocking=True)
                 if stream is not None:
-                    sent[turn] = torch.cuda.Event()
-                    sent[turn].record(stream)
+                    sent[turn] = done = torch.cuda.Event()
+                    done.record(stream)
                 turn = 1 - turn
 
     with ThreadPoolExecutor(threads) as pool:
