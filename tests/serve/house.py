@@ -98,7 +98,14 @@ class House:
 
     def wait_for(self, pattern: str) -> re.Match[str]:
         """What the server has said, or says soon."""
-        return until(lambda: next((m for line in self.said if (m := re.search(pattern, line))), None), pattern)
+        try:
+            return until(lambda: next((m for line in self.said if (m := re.search(pattern, line))), None), pattern)
+        except AssertionError as late:
+            raise AssertionError(f"{late}\n" + "\n".join([*self.said, *self.logs()])) from None
+
+    def logs(self) -> list[str]:
+        """The end of what every process has written."""
+        return [f"{path.name}:\n{path.read_text()[-2000:]}" for path in sorted(self.log_dir.glob("*.log"))]
 
     def stream(self, model: str, tokens: int) -> Stream:
         return Stream(self, model, tokens)

@@ -13,20 +13,24 @@ from chimera.errors import ConfigError
 def reserve(host: str, port: int) -> Iterator[int]:
     """Hold the port (0: one that is free) for our front-ends, also while none of them listens. Yields its number."""
     family, _, _, _, address = _resolve(host, port)
-    try:
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)  # alone: with SO_REUSEPORT two servers of one user could share it unnoticed
-            address = probe.getsockname()
-        holder = socket.socket(family, socket.SOCK_STREAM)
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        holder.bind(address)
-    except OSError as fault:
-        hint = "another server is running there; choose with --port" if port else ""
-        raise ConfigError.single("--port", f"cannot listen on {host}:{port}: {fault.strerror}", hint=hint) from None
-    with holder:
-        yield int(address[1])
+    with socket.socket(family, socket.SOCK_STREAM) as holder:
+        try:
+            if port:
+                _require_free(family, address)
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            holder.bind(address)
+        except OSError as fault:
+            hint = "another server is running there; choose with --port" if port else ""
+            raise ConfigError.single("--port", f"cannot listen on {host}:{port}: {fault.strerror}", hint=hint) from None
+        yield int(holder.getsockname()[1])
+
+
+def _require_free(family: int, address: tuple[object, ...]) -> None:
+    """Bind it alone: with SO_REUSEPORT two servers of one user would share the port unnoticed."""
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(address)
 
 
 def _resolve(host: str, port: int) -> tuple[int, int, int, str, tuple[object, ...]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from chimera.cli.supervisor import Service, Supervisor
 from chimera.config.deployment import Deployment, deployment_of_models, load_placement
 from chimera.config.nvml import read_nvml
-from chimera.config.virtual_gpus import PAGE_BYTES, parse_virtual_gpus
+from chimera.config.virtual_gpus import PAGE_BYTES, default_virtual_gpus, parse_virtual_gpus
 from chimera.core.gpu import Gpu
 from chimera.errors import ConfigError
 from chimera.units import parse_seconds
@@ -26,6 +26,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--port", type=int, default=8000, help="0 takes one that is free (default: %(default)s)")
     parser.add_argument("--virtual-gpus", metavar="8x2GiB", help="memory budgets of this host that stand in for GPUs")
+    parser.add_argument("--num-gpus", type=int, metavar="N", help="use the first N GPUs (virtual ones where there are none)")
     parser.add_argument("--static", action="store_true", help="KV pools are reserved, so their sums have to fit")
     parser.add_argument("--engine", choices=("sglang", "simulated"), default="sglang", help="default: %(default)s")
     parser.add_argument("--fronts", type=int, default=1, help="front-end processes that share the port (default: %(default)s)")
@@ -39,8 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.fronts <= 64:
         raise ConfigError.single("--fronts", f"{arguments.fronts} front-ends: 1 to 64 are possible")
     deployment = _deployment(arguments)
-    if arguments.log_dir is not None:
-        arguments.log_dir.mkdir(parents=True, exist_ok=True)
+    _make_log_dir(arguments.log_dir)
     service = Service(
         models=deployment.models,
         wanted=deployment.placement,
@@ -66,7 +66,7 @@ def _say(line: str) -> None:
 
 
 def _deployment(arguments: argparse.Namespace) -> Deployment:
-    gpus = parse_virtual_gpus(arguments.virtual_gpus, source="--virtual-gpus") if arguments.virtual_gpus else _real_gpus()
+    gpus = _gpus(arguments)
     first = Path(arguments.what[0])
     if first.suffix.lower() in PLACEMENT_FILES and not first.is_dir():
         if len(arguments.what) > 1:
@@ -75,13 +75,35 @@ def _deployment(arguments: argparse.Namespace) -> Deployment:
     return deployment_of_models(arguments.what, gpus)
 
 
-def _real_gpus() -> tuple[Gpu, ...] | None:
-    """The machine's own; `None` where there are none."""
-    found = tuple(
+def _gpus(arguments: argparse.Namespace) -> tuple[Gpu, ...] | None:
+    """The GPUs to serve on; `None` leaves it to the placement file on a machine that has none."""
+    count: int | None = arguments.num_gpus
+    if count is not None and count < 1:
+        raise ConfigError.single("--num-gpus", f"{count} GPUs: there must be one at least")
+    if arguments.virtual_gpus:
+        gpus: tuple[Gpu, ...] = parse_virtual_gpus(arguments.virtual_gpus, source="--virtual-gpus")
+    else:
+        gpus = _real_gpus()
+    if not gpus:
+        return None if count is None else default_virtual_gpus(count)
+    if count is not None and count > len(gpus):
+        raise ConfigError.single("--num-gpus", f"{count} GPUs: there are {len(gpus)}")
+    return gpus[:count]
+
+
+def _real_gpus() -> tuple[Gpu, ...]:
+    return tuple(
         Gpu(gpu_id=gpu.index, capacity_bytes=gpu.total_bytes // PAGE_BYTES * PAGE_BYTES, page_bytes=PAGE_BYTES, name=gpu.name)
         for gpu in read_nvml().gpus
     )
-    return found or None
+
+
+def _make_log_dir(folder: Path | None) -> None:
+    try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise ConfigError.single("--log-dir", f"{folder}: {fault.strerror}") from None
 
 
 def _seconds(text: str) -> float:

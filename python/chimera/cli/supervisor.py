@@ -199,8 +199,8 @@ class Supervisor:
     async def _fronts_ready(self, port: int) -> None:
         """Until control has met each of them, and the port is answered."""
         await self._fronts_here.wait()
-        while not await answers(port_of.reachable(self._service.host), port):
-            await asyncio.sleep(ASK_AGAIN_S)  # noqa: ASYNC110 - it is another process that we wait for
+        while not await answers(port_of.reachable(self._service.host), port):  # noqa: ASYNC110 - another process has no event
+            await asyncio.sleep(ASK_AGAIN_S)
 
     def _greet(self, news: Link) -> None:
         news.send(Hello(role="cli", name="supervisor", pid=os.getpid()))
