@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -8,6 +9,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import pytest_asyncio
 from chimera.server.desk import Patience
 from chimera.server.front import FrontEnd, listen
 
@@ -39,6 +41,19 @@ class Stage:
 
 @pytest.fixture
 async def stage() -> AsyncIterator[Stage]:
+    async with set_up() as stage:
+        yield stage
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def standing() -> AsyncIterator[Stage]:
+    """One for all tests of a module that leave it as they found it."""
+    async with set_up() as stage:
+        yield stage
+
+
+@contextlib.asynccontextmanager
+async def set_up() -> AsyncIterator[Stage]:
     with TemporaryDirectory(prefix="chimera-") as folder:  # not tmp_path: its paths are longer than a socket's may be
         run_dir = Path(folder)
         rehearsal = Rehearsal(run_dir, [model("m", model_folder(run_dir / "m"), aliases=("also-m",))])

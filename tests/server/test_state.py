@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.server.conftest import Stage, until
 from tests.server.rehearsal import model, model_folder
 
+ASK: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
-async def get(stage: Stage, path: str) -> tuple[int, dict[str, object]]:
+
+async def get(stage: Stage, path: str) -> tuple[int, dict[str, Any]]:
     async with stage.client.get(stage.url + path) as response:
         return response.status, await response.json()
 
@@ -33,7 +37,7 @@ async def test_the_snapshot_is_controls(stage: Stage) -> None:
     status, body = await get(stage, "/snapshot")
     assert status == 200
     assert body["policy"] == "static" and body["waiting"] == {"absent": 3}
-    assert [spec["name"] for spec in body["models"]] == ["m"]  # type: ignore[attr-defined]
+    assert [spec["name"] for spec in body["models"]] == ["m"]
 
 
 async def test_without_control_there_is_no_snapshot(stage: Stage) -> None:
@@ -60,3 +64,18 @@ async def test_a_model_that_left_while_control_was_away_is_forgotten(stage: Stag
     await stage.rehearsal.start()
     await until(lambda: stage.front.ready)
     assert [spec.name for spec, _ in stage.front.catalogue.models] == ["m"]
+
+
+async def test_templates_verdict_on_the_messages_is_the_clients_to_read(stage: Stage) -> None:
+    template = "{% if messages|length > 1 %}{{ raise_exception('one message, please') }}{% endif %}x"
+    (stage.run_dir / "m" / "chat_template.jinja").write_text(template)
+    status, body = await stage.post("/v1/chat/completions", {"model": "m", "messages": ASK["messages"] * 2})
+    assert (status, body["error"]["param"]) == (400, "messages") and "one message, please" in body["error"]["message"]
+
+
+async def test_a_model_whose_folder_is_gone_is_our_fault_and_says_which(stage: Stage) -> None:
+    (stage.run_dir / "m" / "tokenizer.json").rename(stage.run_dir / "moved")
+    status, body = await stage.post("/v1/chat/completions", ASK)
+    assert (status, body["error"]["type"]) == (500, "server_error") and "no tokenizer.json" in body["error"]["message"]
+    (stage.run_dir / "moved").rename(stage.run_dir / "m" / "tokenizer.json")
+    assert (await stage.post("/v1/chat/completions", ASK))[0] == 200
