@@ -216,6 +216,12 @@ def test_news_of_a_life_that_is_over_changes_nothing(serving: Watched, stale: Co
     assert serving.scheduler.state() == before
 
 
+def test_a_control_that_knows_only_the_newest_life_ignores_the_end_of_an_older_one(control: Watched) -> None:
+    control.on(ready("a", E2))
+    assert control.on(worker_lost("a", E1)) == []
+    assert words(control.on(arrived("x"))) == ["Route x a/0"]
+
+
 def test_two_failed_activations_are_tried_again_and_the_third_quarantines(control: Watched) -> None:
     control.on(arrived("x"))
     assert words(fail(control, E1)) == ["Activate a/0"]
@@ -367,6 +373,14 @@ def test_a_model_removed_while_it_loads_is_taken_down_as_soon_as_it_has_a_name(c
     control.on(arrived("x"))
     assert words(control.on(ModelRemoved(model="a"))) == ["Reject x model_not_found"]
     assert only(Deactivate, control.on(ready("a", E1))).epoch == E1
+
+
+def test_a_model_removed_between_two_lives_takes_back_what_waits_for_the_next(control: Watched) -> None:
+    control.on(ready("a", E1, credits=0))
+    control.on(arrived("x"))
+    control.on(worker_lost("a", E1))
+    assert control.on(ModelRemoved(model="a")) == []
+    assert words(fail(control, E2)) == ["Abort x", "Reject x model_not_found"]
 
 
 def test_a_model_that_returns_while_it_drains_is_started_again_afterwards(serving: Watched) -> None:

@@ -26,9 +26,7 @@ class Mishaps(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = small_world()
-
-    def agent(self, data: st.DataObject) -> AgentSide:
-        return data.draw(st.sampled_from(list(self.world.agents.values())))
+        self.world.settle()  # Mishaps happen to a system that works.
 
     def worker(self, data: st.DataObject, *, loaded: bool) -> tuple[AgentSide, Worker]:
         return data.draw(st.sampled_from(self.workers(loaded=loaded)))
@@ -39,10 +37,12 @@ class Mishaps(RuleBasedStateMachine):
 
     # Clients.
 
-    @rule(name=st.sampled_from([*MODELS, "unknown"]), count=st.integers(1, 4))
-    def a_client_sends(self, name: str, count: int) -> None:
+    @rule(name=st.sampled_from([*MODELS, "a", "b", "c", "unknown"]), count=st.integers(1, 9), heard=st.booleans())
+    def clients_send(self, name: str, count: int, heard: bool) -> None:
         for _ in range(count):
             self.world.front.send(name)
+        if heard:
+            self.everything_arrives()
 
     @precondition(lambda self: self.world.front.open)
     @rule(data=st.data())
@@ -76,6 +76,13 @@ class Mishaps(RuleBasedStateMachine):
     def news_of_a_process_long_gone_arrives(self, data: st.DataObject) -> None:
         self.world.tell_control(data.draw(st.sampled_from(self.world.ghosts)))
 
+    @precondition(lambda self: any(agent.told for agent in self.world.agents.values()))
+    @rule(data=st.data(), count=st.integers(1, 5))
+    def a_worker_is_heard_once_more_much_later(self, data: st.DataObject, count: int) -> None:
+        agent = data.draw(st.sampled_from([agent for agent in self.world.agents.values() if agent.told]))
+        for _ in range(count):
+            agent.report(data.draw(st.sampled_from(agent.told)))
+
     @rule(seconds=st.sampled_from([0.1, 1.0, 11.0, 40.0]))
     def time_passes(self, seconds: float) -> None:
         self.world.pass_time(seconds)
@@ -93,6 +100,17 @@ class Mishaps(RuleBasedStateMachine):
                 agent.kill(worker)
             case _:
                 agent.fail(worker, permanent=how == "never")
+
+    @precondition(lambda self: self.workers(loaded=True))
+    @rule(data=st.data(), count=st.integers(1, 4), permanent=st.booleans())
+    def a_worker_dies_and_its_model_will_not_load(self, data: st.DataObject, count: int, permanent: bool) -> None:
+        agent, worker = self.worker(data, loaded=True)
+        agent.kill(worker)
+        for _ in range(count):
+            self.everything_arrives()
+            again = agent.workers.get(worker.replica)
+            if again is not None:
+                agent.fail(again, permanent=permanent)
 
     @precondition(lambda self: any(worker.running for _, worker in self.workers(loaded=True)))
     @rule(data=st.data())
@@ -113,21 +131,22 @@ class Mishaps(RuleBasedStateMachine):
 
     # Processes and links.
 
+    @precondition(lambda self: not all(agent.connected for agent in self.world.agents.values()))
     @rule(data=st.data())
-    def a_link_comes_or_goes(self, data: st.DataObject) -> None:
-        agent = self.agent(data)
-        if agent.connected:
-            self.world.cut(agent)
-        else:
-            agent.connect()
+    def an_agent_connects(self, data: st.DataObject) -> None:
+        away = [agent for agent in self.world.agents.values() if not agent.connected]
+        data.draw(st.sampled_from(away)).connect()
 
-    @rule(data=st.data())
-    def an_agent_starts_anew(self, data: st.DataObject) -> None:
-        self.world.restart_agent(self.agent(data))
-
-    @rule()
-    def control_starts_anew(self) -> None:
-        self.world.restart_control()
+    @rule(data=st.data(), what=st.sampled_from(["link breaks", "link breaks", "agent dies", "agent dies", "control dies"]))
+    def something_breaks(self, data: st.DataObject, what: str) -> None:
+        agent = data.draw(st.sampled_from(list(self.world.agents.values())))
+        match what:
+            case "control dies":
+                self.world.restart_control()
+            case "agent dies":
+                self.world.restart_agent(agent)
+            case _ if agent.connected:
+                self.world.cut(agent)
 
     @rule(name=st.sampled_from(["a", "c"]), there=st.booleans())
     def a_model_is_removed_or_comes_back(self, name: str, there: bool) -> None:

@@ -60,6 +60,8 @@ class AgentSide:
         self.down: deque[GpuInput] = deque()
         self.heard: deque[Event] = deque()
         """From its workers."""
+        self.told: list[Event] = []
+        """All that workers of this process ever said."""
         self.connected = False
         self.begin()
 
@@ -72,6 +74,7 @@ class AgentSide:
         self.workers: dict[ReplicaId, Worker] = {}
         self.newest: dict[ReplicaId, Epoch] = {}
         self.heard.clear()
+        self.told.clear()
 
     def connect(self) -> None:
         self.connected = True
@@ -90,6 +93,7 @@ class AgentSide:
             self.perform(action)
 
     def report(self, event: Event) -> None:
+        self.told.append(event)
         self.on(event)
         self.tell_up(event)
 
