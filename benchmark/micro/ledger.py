@@ -163,7 +163,7 @@ class Audited(LedgerServer):
         self.broken: list[str] = []
         self.work_s = 0.0
         self.gone = asyncio.Event()
-        self.last_gone: tuple[str, float] = ("", 0.0)
+        self.gone_s: dict[str, float] = {}
 
     def feed(self, event: Event) -> None:
         self.events += 1
@@ -180,13 +180,14 @@ class Audited(LedgerServer):
         if really > PAGES:
             self.broken.append(f"{type(event).__name__}: the holders have {really} pages of {PAGES}")
         if isinstance(event, WorkerLost):
-            self.last_gone = (event.worker, time.monotonic())
+            self.gone_s[event.worker] = time.monotonic()
             self.gone.set()
 
     def _follow(self, event: Event) -> None:
-        if isinstance(event, PagesHeld) and event.replica and event.epoch and event.worker not in self.lives:
-            self.lives[event.worker] = (event.replica, event.epoch)
-            self.arbiter.begin((event.replica, event.epoch), event.level)
+        if isinstance(event, PagesHeld) and event.replica and event.epoch:
+            if event.worker not in self.lives and event.worker not in self.gone_s:  # its end may overtake its first words
+                self.lives[event.worker] = (event.replica, event.epoch)
+                self.arbiter.begin((event.replica, event.epoch), event.level)
         elif isinstance(event, WorkerLost) and event.worker in self.lives:
             self.arbiter.end(self.lives.pop(event.worker))
 
@@ -201,11 +202,11 @@ class Audited(LedgerServer):
                 break
             except ProcessLookupError:  # it has just died of itself
                 await asyncio.sleep(0)
-        while self.last_gone[0] != worker:
+        while worker not in self.gone_s:
             self.gone.clear()
-            await self.gone.wait()
+            await asyncio.wait_for(self.gone.wait(), 10)
         assert not any(e.worker == worker for e in self.ledger[0].view(0.0).entries), f"{worker} is dead and charged"
-        return self.last_gone[1] - begin_s, pages
+        return self.gone_s[worker] - begin_s, pages
 
 
 async def run(folder: Path, options: argparse.Namespace, figures: Figures) -> None:
