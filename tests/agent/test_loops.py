@@ -16,8 +16,9 @@ from chimera.engine.simulated import token_after
 from chimera.msg import actions, events, stream
 from chimera.msg.actions import RejectCode
 from chimera.msg.events import Outcome
+from chimera.wire.channel import connect
 
-from tests.agent.rig import Answer, Front, alive, kill, model, on_gpu, parent, system
+from tests.agent.rig import Answer, Front, alive, enqueue, kill, model, on_gpu, parent, system
 
 PATIENCE_S = 10.0
 
@@ -196,6 +197,66 @@ async def test_a_front_end_dies_and_its_requests_are_called_off(parent_socket: P
         assert (await end_of(mine)).outcome is Outcome.LENGTH
         await settled(made.agent._held)
         await dying.stop()
+
+
+async def test_a_front_end_that_dies_under_a_younger_control_leaves_nothing_running(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002, max_running=1)]) as (made, front):
+        stand_in = subprocess.Popen([sys.executable, "-S", "-c", "import signal; signal.pause()"])  # noqa: ASYNC220
+        dying = Front(made.run_dir, "front-1")
+        await dying.start(stand_in.pid)
+        await begin_of(dying.ask("running", of="a", tokens=50_000))
+        await made.control.stop()
+        await made.start_control()
+        await made.until(events.ReplicaReady)
+        await front.meet_control()
+        await dying.meet_control(stand_in.pid)
+        assert [await dying.models.get() for _ in range(2)] == ["a", "a"], "both controls have told it"
+        kill(stand_in.pid)
+        stand_in.wait()
+        assert (await end_of(front.ask("mine", of="a"))).outcome is Outcome.LENGTH
+        await settled(made.agent._held)
+        await dying.stop()
+
+
+async def test_a_request_told_twice_is_answered_once(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002, max_running=1)]) as (made, front):
+        first = front.ask("first", of="a", tokens=20)
+        await begin_of(first)
+        waiting = enqueue("twice", "a", front.name, [1], 3, 0)
+        answer = front.answers["twice"] = Answer()
+        front.send(waiting)
+        front.send(waiting)
+        assert (await end_of(answer)).outcome is Outcome.LENGTH
+        front.send(waiting)  # it has ended, and its client has gone: the tokens of a repeat are nobody's
+        assert (await end_of(first)).outcome is Outcome.LENGTH
+        del front.answers["twice"]
+        assert (await end_of(front.ask("last", of="a"))).outcome is Outcome.LENGTH
+        await settled(made.control._payloads, made.agent._held)
+
+
+@pytest.mark.parametrize("socket", ["control.sock", "agent-local.sock"])
+async def test_a_stranger_is_sent_away_and_disturbs_nobody(parent_socket: Path, socket: str) -> None:
+    async with system(parent_socket, [model("a")]) as (made, front):
+        for greeting in (stream.Hello(role="worker", name="impostor", pid=1), stream.Stop(), None):
+            stranger = await connect(made.run_dir / socket)
+            if greeting is not None:
+                stranger.send(greeting)
+            else:
+                assert stranger._transport is not None
+                stranger._transport.write(b"GET / HTTP/1.1\r\n\r\n")
+            await asyncio.wait_for(stranger.wait_closed(), PATIENCE_S)
+        assert (await end_of(front.ask("r", of="a"))).outcome is Outcome.LENGTH
+
+
+async def test_an_agent_that_stops_lets_its_requests_end(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002)]) as (made, front):
+        answer = front.ask("r", of="a", tokens=100)
+        await begin_of(answer)
+        await made.agent.stop(drain_s=5.0)
+        assert (await end_of(answer)).outcome is Outcome.LENGTH
+        assert len(answer.token_ids) == 100
+        await made.start_agent()
+        await made.until(events.ReplicaReady, 2)
 
 
 async def test_a_front_end_whose_connection_breaks_keeps_its_streams(parent_socket: Path) -> None:

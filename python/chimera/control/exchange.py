@@ -128,8 +128,9 @@ class Exchange:
                 self._front_gone(known)
             try:
                 vigil = Vigil(hello.pid, lambda: self._front_gone(front))
-            except ProcessLookupError:
+            except ProcessLookupError:  # it died with its greeting on the way
                 channel.close()
+                self._call_off(hello.name)
                 return
             front = _Front(hello, channel, vigil)
             self._fronts[hello.name] = front
@@ -157,8 +158,12 @@ class Exchange:
         for request_id in open_requests:
             self._payloads.pop(request_id, None)
             self._decide(events.RequestCancelled(request_id=request_id))
-        for agent in self._agents.values():  # they may have requests that came through an earlier control
-            agent.send(stream.FrontLost(front=front.name))
+        self._call_off(front.name)
+
+    def _call_off(self, front: str) -> None:
+        """Agents may have requests of it that came through an earlier control."""
+        for agent in self._agents.values():
+            agent.send(stream.FrontLost(front=front))
 
     def _take_in_agent(self, name: str, channel: Channel) -> None:
         known = self._agents.get(name)
