@@ -12,7 +12,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self, TextIO
 
@@ -24,7 +24,7 @@ class PartnerLost(Exception):
 class Partner:
     """The owner's side."""
 
-    def __init__(self, module: str, *arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, module: str, *arguments: str, log: Path) -> None:
         self.log = log
         with log.open("w") as printed:
             self._process = subprocess.Popen(
@@ -32,7 +32,6 @@ class Partner:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=printed,
-                env={**os.environ, **(environment or {})},
             )
 
     def told(self, within_s: float) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import os
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,7 +80,6 @@ class Rehearsal:
             file.seek(0)
             file.write(f"{left:020d}")
             file.flush()
-            os.fsync(file.fileno())
 
 
 OUT_OF_MEMORY = int(driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY)

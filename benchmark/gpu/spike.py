@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmark.gpu.answer import Answer, read
 from benchmark.gpu.questions import QUESTIONS, Question
+from benchmark.gpu.standins import surroundings
 from benchmark.report import Figures, parser
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,7 @@ class Outcome:
 def ask(question: Question, *, limit_s: float, rehearse: bool, seed: int) -> Outcome:
     """Puts one question to a process of its own, and takes that process, and all it started, down at `limit_s`."""
     with tempfile.TemporaryDirectory(prefix="spike-") as folder:
-        answer, log = Path(folder, "answer.jsonl"), Path(folder, "log")
+        answer, log, support = Path(folder, "answer.jsonl"), Path(folder, "log"), Path(folder, "support")
         command = [sys.executable, __file__, "--answer", question.module, "--into", str(answer), "--seed", str(seed)]
         begin = time.monotonic()
         with log.open("w") as printed:
@@ -71,7 +72,7 @@ def ask(question: Question, *, limit_s: float, rehearse: bool, seed: int) -> Out
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                env={**os.environ, "TMPDIR": folder, **_paths()},
+                env={**os.environ, "TMPDIR": folder, **surroundings(support, rehearse=rehearse), **_paths(support)},
             )
             try:
                 status: int | None = process.wait(limit_s)
@@ -103,10 +104,11 @@ def ask(question: Question, *, limit_s: float, rehearse: bool, seed: int) -> Out
     )
 
 
-def _paths() -> dict[str, str]:
+def _paths(support: Path) -> dict[str, str]:
     """What processes further down need to import us, and to find the tools beside this interpreter (ninja, for one)."""
+    folders = (str(support), str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH"))
     return {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), str(ROOT / "python"), os.environ.get("PYTHONPATH")))),
+        "PYTHONPATH": os.pathsep.join(filter(None, folders)),
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))),
     }
 

@@ -6,6 +6,7 @@ them lets SGLang 0.5.16 register model names that a transformers newer than its 
 """
 
 import importlib.util
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -96,6 +97,23 @@ def write_for_cpu(folder: Path) -> None:
     """For a rehearsal: the sitecustomize alone; what stands in for a GPU's packages is the engine's own affair."""
     folder.mkdir(parents=True, exist_ok=True)
     _prepare_before(folder, "sglang", STAND_IN_FOR_A_GPU)
+
+
+def surroundings(folder: Path, *, rehearse: bool) -> dict[str, str]:
+    """The environment in which stock SGLang imports and runs here; the files for it go into `folder`."""
+    found = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if rehearse:
+        write_for_cpu(folder)
+        found["SGLANG_USE_CPU_ENGINE"] = "1"
+    else:
+        write(folder, absent())
+        # Its stand-in must not be taken for the package.
+        found["SGLANG_IS_FLASHINFER_AVAILABLE"] = "false"
+        # One process talks to itself, on a machine whose name may resolve to nothing.
+        found["GLOO_SOCKET_IFNAME"] = found["NCCL_SOCKET_IFNAME"] = "lo"
+        if "CUDA_HOME" not in os.environ and Path("/usr/local/cuda/bin/nvcc").exists():
+            found["CUDA_HOME"] = "/usr/local/cuda"  # SGLang compiles some kernels when it first needs them
+    return found
 
 
 def _prepare_before(folder: Path, module: str, prepare: str) -> None:

@@ -8,7 +8,6 @@ Says how long it took to stand, then answers orders: {"batch": 16, "prompt": 128
 from __future__ import annotations
 
 import json
-import os
 import random
 import sys
 import tempfile
@@ -16,7 +15,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmark.gpu import standins
 from benchmark.gpu.partner import Partner, orders, reply
 
 SHAPE = {
@@ -71,30 +69,13 @@ ON_CPU: dict[str, Any] = {
 
 
 def start(folder: Path, *, rehearse: bool, **arguments: Any) -> Partner:
-    """An engine in the making; its first word comes when it serves. `folder` takes its model, stand-ins and log."""
+    """An engine in the making; its first word comes when it serves. `folder` takes its model and its log."""
     model = folder / "model"
     model.mkdir(parents=True)
     shape = {**SHAPE, **TINY, "head_dim": 16, "vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2} if rehearse else SHAPE
     (model / "config.json").write_text(json.dumps(shape))
     asked = {**(ON_CPU if rehearse else ON_GPU), **arguments}
-    environment = surroundings(folder / "support", rehearse=rehearse)
-    return Partner(__name__, str(model), json.dumps(asked), log=folder / "log", environment=environment)
-
-
-def surroundings(support: Path, *, rehearse: bool) -> dict[str, str]:
-    """The environment in which stock SGLang imports here; `support` takes the files for it."""
-    found = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if rehearse:
-        standins.write_for_cpu(support)
-        found["SGLANG_USE_CPU_ENGINE"] = "1"
-    else:
-        standins.write(support, standins.absent())
-        # Its stand-in must not be taken for the package.
-        found["SGLANG_IS_FLASHINFER_AVAILABLE"] = "false"
-        if "CUDA_HOME" not in os.environ and Path("/usr/local/cuda/bin/nvcc").exists():
-            found["CUDA_HOME"] = "/usr/local/cuda"  # SGLang compiles some kernels when it first needs them
-    found["PYTHONPATH"] = os.pathsep.join((str(support), os.environ.get("PYTHONPATH", "")))
-    return found
+    return Partner(__name__, str(model), json.dumps(asked), log=folder / "log")
 
 
 def temporary_folder() -> tempfile.TemporaryDirectory[str]:

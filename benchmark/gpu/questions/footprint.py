@@ -32,12 +32,11 @@ def answer(answer: Answer, *, rehearse: bool) -> None:
 
 def bare(answer: Answer, used: Callable[[], int], *, rehearse: bool) -> None:
     """A process that gains one thing after the other; the device's total is read from outside."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        environment = stock_engine.surroundings(folder / "support", rehearse=rehearse)
-        process = Partner(__name__, "rehearse" if rehearse else "", log=folder / "log", environment=environment)
-        with process:
-            gain(answer, process, used, pause_s=0.0 if rehearse else 0.3)
+    with (
+        tempfile.TemporaryDirectory() as name,
+        Partner(__name__, "rehearse" if rehearse else "", log=Path(name, "log")) as process,
+    ):
+        gain(answer, process, used, pause_s=0.0 if rehearse else 0.3)
 
 
 def gain(answer: Answer, process: Partner, used: Callable[[], int], *, pause_s: float) -> None:

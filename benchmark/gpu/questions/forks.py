@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from benchmark.gpu import stock_engine
 from benchmark.gpu.answer import Answer
 from benchmark.gpu.partner import Partner, PartnerLost, orders, reply
 
@@ -36,11 +36,10 @@ PARENTS = {
 
 def answer(answer: Answer, *, rehearse: bool) -> None:
     mode = "rehearse" if rehearse else "measure"
-    with stock_engine.temporary_folder() as name:
-        folder = Path(name)
-        environment = stock_engine.surroundings(folder / "support", rehearse=rehearse)
+    with tempfile.TemporaryDirectory() as name:
+        log = Path(name, "log")
         for parent, steps in PARENTS.items():
-            with Partner(__name__, mode, steps, log=folder / "log", environment=environment) as process:
+            with Partner(__name__, mode, steps, log=log) as process:
                 try:
                     told = process.told(60 + CHILD_LIMIT_S)
                 except PartnerLost as lost:
@@ -58,7 +57,7 @@ def answer(answer: Answer, *, rehearse: bool) -> None:
                 answer.figure(f"{what}: private memory", child["private_bytes"] / (1 << 20), "MiB")
                 answer.fact(what, child["works"])
         begin = time.monotonic()
-        with Partner(__name__, mode, "torch sglang spare", log=folder / "log", environment=environment) as spare:
+        with Partner(__name__, mode, "torch sglang spare", log=log) as spare:
             spare.told(60)
             answer.figure("a spawned spare: start to SGLang imported and device ready", time.monotonic() - begin, "s")
 
