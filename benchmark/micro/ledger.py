@@ -272,6 +272,23 @@ async def restarted(old: Audited, gpu: Gpu, folder: Path) -> tuple[Audited, floa
     return new, time.monotonic() - begin_s
 
 
+def alone(rng: random.Random) -> float:
+    """One ledger with eighteen replicas and no socket: seconds for a level to be allotted, told and answered."""
+    ledger = GpuLedger(Gpu(gpu_id=0, capacity_bytes=PAGES * 2 * MIB))
+    holders = [Holder(ReplicaId(f"model-{n}"), Epoch(0, n), worker=f"worker-{n}", gpu_id=0) for n in range(18)]
+    of_life = {(holder.replica, holder.epoch): holder for holder in holders}
+    for life, holder in of_life.items():
+        ledger.open(life, holder.worker)
+    levels = [(rng.choice(list(of_life)), rng.randrange(PAGES // 12)) for _ in range(2000)]
+    begin_s = time.perf_counter()
+    for life, level in levels:
+        orders = ledger.allot(life, level, now=0.0, deadline_s=1.0, reason="alone")
+        while orders:
+            order = orders.pop()
+            orders += ledger.on(of_life[order.replica, order.epoch].obey(order), 0.0)
+    return (time.perf_counter() - begin_s) / len(levels)
+
+
 async def reached(witness: Witness, operations: int, children: list[subprocess.Popen[bytes]]) -> None:
     while sum(witness.done) < operations:
         await asyncio.sleep(0.01)
@@ -288,6 +305,8 @@ def main() -> int:
     options.add_argument("--operations", type=int, default=10_000, help="of each process")
     arguments = options.parse_args()
     figures = Figures("One ledger, many processes", seed=arguments.seed)
+    rng = random.Random(arguments.seed)
+    figures.samples("eighteen replicas, one level allotted and answered", [alone(rng) * 1e6 for _ in range(11)], "µs")
     with tempfile.TemporaryDirectory(prefix="ledger-") as folder:
         asyncio.run(run(Path(folder), arguments, figures))
     return figures.finish(arguments.json)
