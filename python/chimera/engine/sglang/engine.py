@@ -24,6 +24,7 @@ from chimera.core.model import ModelSpec
 from chimera.engine.api import CannotServe, Post, Stats, Vitals
 from chimera.engine.sglang.arguments import server_arguments
 from chimera.engine.sglang.mailbox import Mailbox
+from chimera.engine.sglang.solitude import alone
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,8 @@ class SglangEngine:
         arguments = ServerArgs(**server_arguments(model, on_cpu=self._on_cpu, kv_bytes=kv_bytes))
         publish(arguments, role="scheduler")
         device = 0 if self._on_cpu else gpu_ids[0]
-        return _Mailboxed(arguments, PortArgs.init_new(arguments), device, 0, 0, 0, 0, 0, None)
+        with alone():
+            return _Mailboxed(arguments, PortArgs.init_new(arguments), device, 0, 0, 0, 0, 0, None)
 
     def serve(self, post: Post) -> None:
         scheduler = self._require()
