@@ -61,7 +61,7 @@ async def set_up() -> AsyncIterator[Stage]:
         patience = Patience(control_s=0.2, worker_s=0.05)
         front = FrontEnd(run_dir=run_dir, name="front-0", listener=listen("127.0.0.1", 0), patience=patience)
         await front.start()
-        async with aiohttp.ClientSession() as client:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as client:
             await until(lambda: front.ready)
             yield Stage(run_dir, rehearsal, front, client)
         await front.close()

@@ -10,6 +10,7 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from chimera.core.gpu import Gpu
@@ -29,6 +30,7 @@ EOS = 1
 LETTERS = [byte_level().token_to_id(letter) for letter in "abcdefghijklmnopqrstuvwxyz"]
 CONTEXT = 512
 _LONGEST = 24
+_NEWS_WITHIN_S = 10.0
 
 
 def model_folder(path: Path) -> Path:
@@ -65,6 +67,17 @@ def letters_for(payload: Payload) -> tuple[list[int], Outcome]:
     if wanted < _LONGEST:
         return dice.choices(LETTERS, k=wanted), Outcome.LENGTH
     return [*dice.choices(LETTERS, k=_LONGEST - 1), EOS], Outcome.STOP
+
+
+T = TypeVar("T")
+
+
+class News(asyncio.Queue[T]):
+    """A queue whose reader does not wait for ever for what never comes."""
+
+    async def get(self) -> T:
+        async with asyncio.timeout(_NEWS_WITHIN_S):
+            return await super().get()
 
 
 class Worker:
@@ -105,9 +118,9 @@ class Rehearsal:
     def __init__(self, run_dir: Path, models: list[ModelSpec]) -> None:
         self.models = models
         self.hold = False
-        self.enqueued: asyncio.Queue[stream.Enqueue] = asyncio.Queue()
+        self.enqueued: News[stream.Enqueue] = News()
         """Filled only while holding."""
-        self.cancelled: asyncio.Queue[str] = asyncio.Queue()
+        self.cancelled: News[str] = News()
         self.worker = self.another_worker(run_dir)
         self.serving: list[ReplicaId] = [ReplicaId(models[0].name)]
         self.fronts: list[Channel] = []

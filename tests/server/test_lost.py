@@ -232,9 +232,10 @@ async def test_a_client_that_never_reads_is_taken_for_gone(stage: Stage) -> None
     writer.write(b"POST %b HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (CHAT.encode(), len(body), body))
     request = await stage.rehearsal.next_request()
     word = tokens_of("a") * 100_000
-    while stage.rehearsal.cancelled.empty():
-        await stage.rehearsal.worker.say(request, word)
-        await asyncio.sleep(0)
+    async with asyncio.timeout(20):
+        while stage.rehearsal.cancelled.empty():
+            await stage.rehearsal.worker.say(request, word)
+            await asyncio.sleep(0)
     assert stage.rehearsal.cancelled.get_nowait() == request.request_id
     writer.close()
 

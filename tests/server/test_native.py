@@ -59,3 +59,16 @@ async def test_a_stop_string_is_reported_as_what_matched(stage: Stage) -> None:
     await stage.rehearsal.worker.say(request, "orld", Outcome.LENGTH)
     _, body = await waiting
     assert body["text"] == "hello " and body["meta_info"]["finish_reason"] == {"type": "stop", "matched": "wo"}
+
+
+async def test_what_was_held_back_is_shown_when_the_answer_ends(stage: Stage) -> None:
+    """The beginning of a stop string that did not come, and of a character that was cut off."""
+    stage.rehearsal.hold = True
+    for words, shown in [(tokens_of("the EN"), "the EN"), (tokens_of("a🦊")[:-1], "a�")]:
+        ask = {"text": "a", "sampling_params": {"stop": "END"}}
+        waiting = asyncio.create_task(stage.post("/generate", ask))
+        request = await stage.rehearsal.next_request()
+        await stage.rehearsal.worker.say(request, words)
+        await stage.rehearsal.worker.say(request, [], Outcome.LENGTH)
+        _, body = await waiting
+        assert body["text"] == shown
