@@ -194,8 +194,11 @@ class Audited(LedgerServer):
     async def kill_one(self, rng: random.Random) -> tuple[float, int]:
         """How long the pages of a holder killed with -9 take to be back, and how many there were."""
         while True:
-            worker = rng.choice(sorted(self.lives))
-            pages = sum(e.lease.charged for e in self.ledger[0].view(0.0).entries if e.worker == worker)
+            rich = {e.worker: e.lease.charged for e in self.ledger[0].view(0.0).entries if e.lease.charged}
+            if not rich:  # all of them between two lives
+                await asyncio.sleep(0.001)
+                continue
+            worker, pages = rng.choice(sorted(rich.items()))
             begin_s = time.monotonic()
             try:
                 os.kill(int(worker.rpartition("-")[2]), signal.SIGKILL)

@@ -288,7 +288,7 @@ def test_no_stripe_is_in_two_pools_and_the_capacity_is_respected() -> None:
 
 @pytest.mark.slow
 def test_no_stripe_is_in_two_pools_and_the_capacity_is_respected_at_length() -> None:
-    explore(Device, 500, 80, derandomize=False)
+    explore(Device, 100, 80, derandomize=False)
 
 
 # Planted: what each side of the lease must not do.
