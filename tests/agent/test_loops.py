@@ -16,6 +16,7 @@ from chimera.engine.simulated import token_after
 from chimera.msg import actions, events, stream
 from chimera.msg.actions import RejectCode
 from chimera.msg.events import Outcome
+from chimera.sched.control import ControlInput
 from chimera.wire.channel import connect
 
 from tests.agent.rig import Answer, Front, alive, enqueue, kill, model, on_gpu, parent, system
@@ -227,11 +228,70 @@ async def test_a_request_told_twice_is_answered_once(parent_socket: Path) -> Non
         front.send(waiting)
         front.send(waiting)
         assert (await end_of(answer)).outcome is Outcome.LENGTH
-        front.send(waiting)  # it has ended, and its client has gone: the tokens of a repeat are nobody's
-        assert (await end_of(first)).outcome is Outcome.LENGTH
-        del front.answers["twice"]
-        assert (await end_of(front.ask("last", of="a"))).outcome is Outcome.LENGTH
         await settled(made.control._payloads, made.agent._held)
+
+
+async def test_a_request_that_a_younger_control_brings_again_is_answered_once(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002, max_running=1)]) as (made, front):
+        first = front.ask("first", of="a", tokens=400)
+        await begin_of(first)
+        answer = front.ask("waiting", of="a", tokens=3)
+        await front.snapshot()
+        await made.control.stop()
+        await made.start_control()
+        await made.until(events.ReplicaReady)
+        await front.meet_control()
+        front.send(enqueue("waiting", "a", front.name, [1, 2, 3], 3, 0))
+        await front.snapshot()
+        assert (await end_of(first)).outcome is Outcome.LENGTH
+        assert (await end_of(answer)).token_ids == [token_after("a", [1, 2, 3], made, 256) for made in range(3)]
+        await settled(made.agent._held)
+
+
+async def test_what_a_dead_front_end_has_waiting_is_forgotten(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", load_s=0.5)]) as (made, front):
+        stand_in = subprocess.Popen([sys.executable, "-S", "-c", "import signal; signal.pause()"])  # noqa: ASYNC220
+        dying = Front(made.run_dir, "front-1")
+        await dying.start(stand_in.pid)
+        dying.ask("r", of="a")
+        assert (await dying.snapshot()).waiting == {"a": 1}
+        kill(stand_in.pid)
+        stand_in.wait()
+        await settled(made.control._payloads)
+        assert (await front.snapshot()).waiting == {}
+        await dying.stop()
+
+
+async def test_a_worker_whose_model_has_left_becomes_the_next_one(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a")]) as (made, front):
+        (ready,) = await made.until(events.ReplicaReady)
+        assert isinstance(ready, events.ReplicaReady)
+        pids = made.workers()
+        made.agent._control_says(actions.Deactivate(replica=ready.replica, epoch=ready.epoch, reason="a test wants it"))
+        await made.until(events.ReplicaStopped)
+        (again,) = await made.until(events.ReplicaReady)
+        assert isinstance(again, events.ReplicaReady)
+        assert again.epoch > ready.epoch
+        assert made.workers() == pids
+        assert (await end_of(front.ask("r", of="a"))).outcome is Outcome.LENGTH
+
+
+async def test_control_hears_of_a_lost_request_before_it_hears_of_the_lost_worker(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002)]) as (made, front):
+        heard: list[str] = []
+        decide = made.control.scheduler.on
+
+        def listen(event: ControlInput, now: float) -> list[actions.Action]:
+            heard.append(type(event).__name__)
+            return decide(event, now)
+
+        made.control.scheduler.on = listen  # type: ignore[method-assign]
+        broken = front.ask("r", of="a", tokens=10_000)
+        await begin_of(broken)
+        kill(made.workers()[0])
+        await end_of(broken)
+        await made.until(events.WorkerLost)
+        assert heard.index("Reject") < heard.index("WorkerLost")
 
 
 @pytest.mark.parametrize("socket", ["control.sock", "agent-local.sock"])
