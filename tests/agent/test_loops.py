@@ -241,6 +241,7 @@ async def test_a_request_that_a_younger_control_brings_again_is_answered_once(pa
         await made.start_control()
         await made.until(events.ReplicaReady)
         await front.meet_control()
+        front.send(enqueue("first", "a", front.name, [1, 2, 3], 400, 0))
         front.send(enqueue("waiting", "a", front.name, [1, 2, 3], 3, 0))
         await front.snapshot()
         assert (await end_of(first)).outcome is Outcome.LENGTH
