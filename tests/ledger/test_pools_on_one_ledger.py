@@ -231,11 +231,13 @@ class Device(RuleBasedStateMachine):
         raise AssertionError(f"never calm: {self.ledger.view(self.now)}")
 
     def hear(self, event: Event) -> None:
-        self.heard = [*self.heard[-3:], event]
+        if event not in self.heard:
+            self.heard = [*self.heard[-5:], event]
         self.down += self.ledger.on(event, self.now)
 
     def obey(self, order: Order) -> None:
-        self.obeyed = [*self.obeyed[-3:], order]
+        if order not in self.obeyed:
+            self.obeyed = [*self.obeyed[-5:], order]
         for holder in self.holders:
             if holder.life == (order.replica, order.epoch):
                 self.up.append(holder.obey(order))
@@ -332,4 +334,4 @@ class ObeysALateOrder(PoolHolder):
 def test_a_planted_bug_of_a_holder_is_caught(broken: type[PoolHolder]) -> None:
     device = type(f"Device{broken.__name__}", (Device,), {"holder_type": broken})
     with pytest.raises((AssertionError, DriverError, ExceptionGroup)):
-        explore(device, 300, 50, shrink=False)
+        explore(device, 1500, 50, shrink=False)
