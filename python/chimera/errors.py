@@ -3,6 +3,7 @@
     ChimeraError
     ├── ConfigError     the operator must change something; names the field and every fault at once
     ├── DriverError     the device refused; carries call, code, bytes
+    ├── WeightsError    weights cannot be used as they are: a file that lies, or no room for an image
     ├── WorkerLost      the process is gone; carries replica and epoch
     ├── ProtocolError   a peer broke the contract
     └── RequestError    one client's request ends here; carries a code, and the parameter at fault
@@ -56,6 +57,14 @@ class DriverError(ChimeraError):
         self.nbytes = nbytes
         self.detail = detail
         super().__init__(f"{call} of {nbytes} bytes failed with code {code}" + (f": {detail}" if detail else ""))
+
+
+class WeightsError(ChimeraError):
+    """Weights cannot be used as they are. `passing`: another time they may be."""
+
+    def __init__(self, reason: str, *, passing: bool = False) -> None:
+        self.passing = passing
+        super().__init__(reason)
 
 
 class WorkerLost(ChimeraError):
