@@ -128,8 +128,10 @@ class TestAKilledProcess:
         stream = served.stream("b", 400).begun()
         victim = served.of("chimera.worker.parent")
         assert session_of(victim) != victim, "not a worker"
+        broken = served.stream("a", 3000).begun()
         os.kill(victim, signal.SIGKILL)
         os.kill(served.worker_of("a"), signal.SIGKILL)
+        assert broken.error is not None
         assert served.complete("a")[0] == 200
         assert stream.whole
 
