@@ -153,7 +153,7 @@ def test_a_chooser_may_keep_stripes_but_not_name_others() -> None:
     pool.grow(4)
     assert pool.shrink(2, lambda candidates, count: []) == []
     for wrong in ([0], [1, 1], [7]):
-        with pytest.raises(ValueError, match="not stripes that may leave"):
+        with pytest.raises(ValueError, match="not stripes that may be emptied"):
             pool.shrink(2, lambda candidates, count, wrong=wrong: wrong)
     assert pool.staying_stripes == 4
 

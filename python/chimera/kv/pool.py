@@ -112,9 +112,7 @@ class ElasticPool:
     def census(self, evictable: torch.Tensor | None = None) -> list[StripeView]:
         """Every stripe as it is now; `evictable` are slots that could be freed at once. Waits for the device."""
         self._require_open()
-        free = [blocks * self.slots.block_slots for blocks in self.slots.count().free_blocks]
-        could_go = [0] * self.layout.stripes if evictable is None else self.slots.tally(evictable).tolist()
-        return [self._view(stripe, free[stripe], could_go[stripe]) for stripe in range(self.layout.stripes)]
+        return self._views(self.slots.count(), evictable)
 
     def grow(self, stripes: int) -> int:
         """Up to this many more stripes staying; how many it became is the answer.
@@ -140,11 +138,16 @@ class ElasticPool:
         stripes = min(stripes, self.staying_stripes - 1)
         if stripes <= 0:
             return []
-        candidates = [view for view in self.census(evictable) if view.state is StripeState.MAPPED and view.stripe != 0]
-        chosen = list(choose(candidates, stripes))[:stripes]
-        if not {view.stripe for view in candidates}.issuperset(chosen) or len(set(chosen)) != len(chosen):
-            raise ValueError(f"{chosen} are not stripes that may leave")
-        self.slots.withhold(chosen)
+
+        def choose_from(free_blocks: list[int]) -> list[int]:
+            views = self._views(free_blocks, evictable)
+            candidates = [view for view in views if view.state is StripeState.MAPPED and view.stripe != 0]
+            chosen = list(choose(candidates, stripes))[:stripes]
+            if not {view.stripe for view in candidates}.issuperset(chosen):
+                raise ValueError(f"{chosen} are not stripes that may be emptied")
+            return chosen
+
+        chosen = self.slots.withhold(choose_from)
         for stripe in chosen:
             self._states[stripe] = StripeState.LEAVING
         return chosen
@@ -221,7 +224,7 @@ class ElasticPool:
         """Those with the most in use first: they would have been the last to go."""
         if not self.slots.leaving:
             return 0
-        free = self.slots.count().free_blocks
+        free = self.slots.count()
         back = sorted(self.slots.leaving, key=lambda stripe: free[stripe])[:stripes]
         self.slots.restore(back)
         for stripe in back:
@@ -262,6 +265,11 @@ class ElasticPool:
                 raise departure.error
             gone += len(stripes)
         return gone
+
+    def _views(self, free_blocks: Sequence[int], evictable: torch.Tensor | None) -> list[StripeView]:
+        could_go = [0] * self.layout.stripes if evictable is None else self.slots.tally(evictable).tolist()
+        size = self.slots.block_slots
+        return [self._view(stripe, free * size, could_go[stripe]) for stripe, free in enumerate(free_blocks)]
 
     def _view(self, stripe: int, free_slots: int, evictable_slots: int) -> StripeView:
         state = self._states[stripe]

@@ -108,7 +108,8 @@ class Reserve:
             ready = min(stripes, self.ready_stripes) * self.handles_per_stripe
             taken, self._ready = self._ready[:ready], self._ready[ready:]
             fresh = self.budget.take(self.stripe_bytes, stripes - ready // self.handles_per_stripe)
-            self._wake.notify_all()
+            if self.ready_stripes < self.low:
+                self._wake.notify_all()
         try:
             return taken + self._create(fresh)
         except DriverError:

@@ -12,8 +12,7 @@ withheld because their stripe is being emptied.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -25,13 +24,6 @@ _BLOCKS_PER_FURTHER_CALL: Final = 512
 _FREED_BETWEEN_ORDERINGS: Final = 1 / 16
 """Ordering costs a CPU about 100 µs and 12 ns a block, taking back 3 µs. Spread over 128 calls and one more for every 512
 blocks, and not before this part of the free list is out of order, it stays in the shade of the rest."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counted:
-    """Free blocks by stripe, as of one moment."""
-
-    free_blocks: tuple[int, ...]
 
 
 class SlotAllocator:
@@ -205,25 +197,30 @@ class SlotAllocator:
         self._present.update(stripes)
         self._set_ready(torch.cat((self._rest(), self._blocks_of(stripes))))
 
-    def count(self) -> Counted:
+    def count(self) -> list[int]:
         """Free blocks by stripe, now. Waits for the device."""
-        self.settle()
-        self._gather()
-        counted = self._read(self._map.sum(1))
+        counted = self._count_all()
         self._deal(counted)
-        return Counted(free_blocks=tuple(counted))
+        return counted
 
-    def withhold(self, stripes: Sequence[int]) -> None:
-        """Hand out nothing of these any more, and keep what comes back. Waits for the device."""
-        self._require_open()
-        missing = set(stripes) - (self._present - self._withheld.keys())
-        if missing:
-            raise ValueError(f"stripes {sorted(missing)} are not there to be emptied")
-        self.settle()
-        self._gather()
-        self._leaving[list(stripes)] = True
-        self._withheld.update(dict.fromkeys(stripes, 0))
-        self._deal(self._read(self._map.sum(1)))
+    def withhold(self, choose: Callable[[list[int]], Sequence[int]]) -> list[int]:
+        """Hand out nothing more of the stripes that `choose` names, given the free blocks of each, and keep what comes back.
+
+        Waits for the device.
+        """
+        counted = self._count_all()
+        chosen: list[int] = []
+        try:
+            named = list(choose(counted))
+            if len(set(named)) != len(named) or not (self._present - self._withheld.keys()).issuperset(named):
+                raise ValueError(f"{named} are not stripes that may be emptied")
+            chosen = named
+        finally:
+            # Whatever the choice came to, what was gathered to be counted goes back to the list.
+            self._withheld.update(dict.fromkeys(chosen, 0))
+            self._leaving[chosen] = True
+            self._deal(counted)
+        return chosen
 
     def restore(self, stripes: Sequence[int]) -> None:
         """Hand these out again. Waits for the device."""
@@ -231,8 +228,7 @@ class SlotAllocator:
         for stripe in stripes:
             del self._withheld[stripe]
         self._leaving[list(stripes)] = False
-        self._gather()
-        self._deal(self._read(self._map.sum(1)))
+        self._deal(self._count_all())
 
     def drop(self, stripes: Sequence[int]) -> None:
         """Forget stripes that are empty."""
@@ -355,6 +351,12 @@ class SlotAllocator:
             self._freed, self._freed_blocks = [], 0
         return blocks <= self._left
 
+    def _count_all(self) -> list[int]:
+        """Everything in the map, and counted; `_deal` must follow."""
+        self.settle()
+        self._gather()
+        return _Counting(self._map.sum(1)).read()
+
     def _gather(self) -> None:
         """Every free block into the map."""
         self._mark(torch.cat((self._rest(), *self._freed)))
@@ -401,11 +403,15 @@ class SlotAllocator:
         self._freed, self._freed_blocks = [], 0
 
     def _blocks_of(self, stripes: Sequence[int]) -> torch.Tensor:
-        rows = [self._numbers[stripe] if stripe else self._numbers[0, 1:] for stripe in stripes]
-        return torch.cat(rows) if rows else self._none
-
-    def _read(self, counts: torch.Tensor) -> list[int]:
-        return _Counting(counts).read()
+        """All blocks of ascending stripes but the very first: one slice for each run of neighbours."""
+        runs: list[list[int]] = []
+        for stripe in stripes:
+            if runs and runs[-1][1] == stripe:
+                runs[-1][1] += 1
+            else:
+                runs.append([stripe, stripe + 1])
+        flat, rows = self._numbers.view(-1), self._rows
+        return torch.cat([self._none, *(flat[max(1, first * rows) : end * rows] for first, end in runs)])
 
     def _require_out(self, blocks: torch.Tensor) -> None:
         assert self._out is not None
