@@ -293,7 +293,7 @@ class SlotAllocator:
         if not self._withheld and self._counting is None:
             free = self._left + self._freed_blocks
             self._gather()
-            self._set_ready(self._ordered(self._map.sum(1), free))
+            self._set_ready(self._marked(torch.argsort(self._map.sum(1), stable=True), free))
             self._flat.zero_()
 
     def close(self) -> None:
@@ -369,16 +369,16 @@ class SlotAllocator:
         free = sum(counted) - sum(self._withheld.values())
         self._require_consistent(self._left + self._freed_blocks + sum(counted))
         if free:
-            dealt = self._ordered(self._map.sum(1).masked_fill_(self._leaving, 0), free)
+            fullest_first = sorted(
+                (s for s, n in enumerate(counted) if n and s not in self._withheld), key=lambda s: counted[s]
+            )
+            dealt = self._marked(torch.tensor(fullest_first, device=self.device), free)
             self._flat.index_fill_(0, dealt, False)
             self._set_ready(torch.cat((self._rest(), dealt)))
 
-    def _ordered(self, free_by_stripe: torch.Tensor, free: int) -> torch.Tensor:
-        """The `free` marked blocks of the stripes that have any: fewest free first, ascending within a stripe."""
-        by_fullness = torch.argsort(free_by_stripe, stable=True)
+    def _marked(self, by_fullness: torch.Tensor, free: int) -> torch.Tensor:
+        """The `free` marked blocks of these stripes: stripe by stripe, ascending within each."""
         marked = self._map.index_select(0, by_fullness)
-        if self._withheld:
-            marked &= ~self._leaving[by_fullness].unsqueeze(1)
         numbers = self._numbers.index_select(0, by_fullness)
         if self._on_host:
             blocks = numbers.masked_select(marked)
