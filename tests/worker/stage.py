@@ -63,7 +63,7 @@ class Inbox:
         ready, self._ready = self._ready, []
         return ready or self.channel.receive(patience_s)
 
-    def next(self, kind: type[M], patience_s: float = PATIENCE_S) -> M:
+    def next(self, kind: type[M], patience_s: float = PATIENCE_S, past: tuple[type, ...] = ()) -> M:
         """The next message of this kind; counters on the way are skipped, anything else is a failure."""
         deadline = time.monotonic() + patience_s
         while True:
@@ -71,7 +71,7 @@ class Inbox:
                 message = self._ready.pop(0)
                 if isinstance(message, kind):
                     return message
-                assert isinstance(message, stream.Heartbeat), f"expected {kind.__name__}, got {message}"
+                assert isinstance(message, (stream.Heartbeat, *past)), f"expected {kind.__name__}, got {message}"
             left = deadline - time.monotonic()
             assert left > 0, f"no {kind.__name__} within {patience_s} s"
             self._ready = self.take(left)
@@ -100,16 +100,34 @@ class Hired:
         self.pidfd = os.pidfd_open(pid)
         self.counter = 0
 
-    def activate(self, spec: ModelSpec, kv_limit_bytes: int | None = None) -> Epoch:
+    def activate(self, spec: ModelSpec, kv_limit_bytes: int | None = None, lease: actions.FirstLease | None = None) -> Epoch:
         self.counter += 1
         epoch = Epoch(1, self.counter)
         seat = Seat(replica=ReplicaId(spec.name), gpu_ids=(0,), kv_limit_bytes=kv_limit_bytes)
-        self.channel.send(actions.Activate(model=spec, seat=seat, epoch=epoch, reason="a test wants it"))
+        self.channel.send(actions.Activate(model=spec, seat=seat, epoch=epoch, lease=lease, reason="a test wants it"))
         return epoch
 
-    def become(self, spec: ModelSpec, kv_limit_bytes: int | None = None) -> tuple[Epoch, events.ReplicaReady]:
-        epoch = self.activate(spec, kv_limit_bytes)
+    def become(
+        self, spec: ModelSpec, kv_limit_bytes: int | None = None, lease: actions.FirstLease | None = None
+    ) -> tuple[Epoch, events.ReplicaReady]:
+        epoch = self.activate(spec, kv_limit_bytes, lease)
         return epoch, self.inbox.next(events.ReplicaReady)
+
+    def grant(self, spec: ModelSpec, epoch: Epoch, revision: int, level: int) -> None:
+        order = {"replica": ReplicaId(spec.name), "epoch": epoch, "gpu_id": 0, "revision": revision, "level": level}
+        self.channel.send(actions.Grant(**order, reason="a test gives"))
+
+    def recall(self, spec: ModelSpec, epoch: Epoch, revision: int, level: int, within_s: float) -> None:
+        order = {"replica": ReplicaId(spec.name), "epoch": epoch, "gpu_id": 0, "revision": revision, "level": level}
+        deadline_s = time.monotonic() + within_s
+        self.channel.send(actions.Recall(**order, deadline_s=deadline_s, reason="a test takes"))
+
+    def settles(self, revision: int, level: int, patience_s: float = PATIENCE_S) -> list[events.PagesReturned]:
+        """Its answers to an order, until it has come down to the level."""
+        answers: list[events.PagesReturned] = []
+        while not answers or answers[-1].revision != revision or answers[-1].level > level:
+            answers.append(self.inbox.next(events.PagesReturned, patience_s, past=(events.PagesWanted, events.RequestFinished)))
+        return answers
 
     def submit(self, request_id: str, epoch: Epoch, content: bytes, front: str = "front-0") -> None:
         self.channel.send(stream.Submit(request_id=request_id, epoch=epoch, front=front, payload=content))
@@ -123,10 +141,10 @@ class Hired:
 
 
 class Stage:
-    def __init__(self, folder: Path, engine: str) -> None:
+    def __init__(self, folder: Path, engine: str, *options: str) -> None:
         self.folder = folder
         command = [sys.executable, "-m", "chimera.worker.parent", "--socket", str(folder / "parent.sock"), "--engine", engine]
-        self.parent = subprocess.Popen([*command, "--log-level", "warning"])
+        self.parent = subprocess.Popen([*command, *options, "--log-level", "warning"])
         self._agent = Listener(folder / "agent-local.sock")
         self._front = Listener(folder / "front-0.sock")
         self._front_inbox: Inbox | None = None
@@ -157,10 +175,16 @@ class Stage:
             self._front_inbox.channel.close()
         self._front_inbox = None
 
-    def meet_worker(self) -> None:
+    @property
+    def front_inbox(self) -> Inbox | None:
+        """What the worker has streamed to the front-end; empty until it has connected."""
+        return self._front_inbox
+
+    def meet_worker(self) -> Inbox:
         """Accept the next worker's connection to the front-end."""
         self._front_inbox = Inbox(self._front.accept())
         self._front_inbox.next(stream.Hello)
+        return self._front_inbox
 
     def read_front(self, until: Any, patience_s: float = PATIENCE_S) -> None:
         """Take in what the worker streams until the condition holds."""

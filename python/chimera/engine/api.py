@@ -28,9 +28,12 @@ class Withdrawal(msgspec.Struct, frozen=True):
 
 
 class Limit(msgspec.Struct, frozen=True):
-    """Use at most this many KV slots."""
+    """Hold at most so much KV memory. A newer limit replaces an older one, whatever has become of that."""
 
-    kv_tokens: int
+    kv_bytes: int
+    retract_by_s: float | None = None
+    """When running requests must yield for it, on the monotonic clock; until then, and with `None` for ever, only what
+    nobody runs on is given up."""
 
 
 Order = Submission | Withdrawal | Limit
@@ -64,6 +67,17 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     kv_used_tokens: int = 0
 
 
+class Holding(msgspec.Struct, frozen=True, kw_only=True):
+    """An elastic engine's KV memory on each of its GPUs."""
+
+    held_bytes: int
+    """What it has, in use or not. Above its limit while it is on its way down."""
+    wanted_bytes: int
+    """What its requests would need to run to their ends together."""
+    least_bytes: int
+    """Below this it never goes."""
+
+
 class Post(Protocol):
     """The worker's side: where orders come from and tokens go."""
 
@@ -76,15 +90,30 @@ class Post(Protocol):
     def fail(self, request_id: str, code: str, message: str) -> None:
         """The engine itself gives the request up; nothing more is said of it."""
 
+    def give_back(self, request_id: str, reason: str) -> None:
+        """The engine cannot go on with it for now: to be brought again, with the tokens it has made; not said of again."""
+
 
 class Engine(Protocol):
-    def activate(self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None) -> Vitals:
-        """Bring the model up with so much KV memory per GPU (`None`: the engine's own choice). Raises `CannotServe`."""
+    def prepare(self, model: ModelSpec, *, gpu_ids: tuple[int, ...]) -> int:
+        """Do beforehand, while it is empty, whatever makes later activations of the model fast, on this host and for all
+        workers. The bytes it takes of the host's memory. Raises `CannotServe`."""
+
+    def activate(
+        self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None = None
+    ) -> Vitals:
+        """Bring the model up with so much KV memory per GPU (`None`: the engine's own choice). Raises `CannotServe`.
+
+        With a ceiling it is elastic: a `Limit` moves it, up to the ceiling.
+        """
 
     def serve(self, post: Post) -> None:
         """Step without end; `Leave`, raised by `post.collect`, passes through to the caller."""
 
     def stats(self) -> Stats: ...
+
+    def holding(self) -> Holding | None:
+        """Empty for a pool of fixed size. Cheap: asked once a step."""
 
     def deactivate(self) -> None:
         """Forget the model; the process is empty again."""

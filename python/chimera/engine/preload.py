@@ -10,20 +10,24 @@ import warnings
 from collections.abc import Callable
 
 from chimera.engine.api import CannotServe, Engine
+from chimera.weights.store import WeightStore
 
 log = logging.getLogger(__name__)
 
 NAMES = ("sglang", "simulated")
 
 
-def preload(name: str) -> Callable[[], Engine]:
-    """Import engine `name`; returns how a forked worker makes its own. Must not touch a device: forks could not use it."""
+def preload(name: str, images: WeightStore | None = None) -> Callable[[], Engine]:
+    """Import engine `name`; returns how a forked worker makes its own. Must not touch a device: forks could not use it.
+
+    With `images`, weights come from there where the engine has any.
+    """
     make: Callable[[], Engine]
     match name:
         case "simulated":
             from chimera.engine.simulated import SimulatedEngine as make
         case "sglang":
-            make = _preload_sglang()
+            make = _preload_sglang(images)
         case _:
             raise CannotServe(f"there is no engine called {name!r}; there are {', '.join(NAMES)}", permanent=True)
     # What is imported now is never garbage: children neither scan it nor unshare its pages by scanning.
@@ -32,7 +36,7 @@ def preload(name: str) -> Callable[[], Engine]:
     return make
 
 
-def _preload_sglang() -> Callable[[], Engine]:
+def _preload_sglang(images: WeightStore | None) -> Callable[[], Engine]:
     from chimera.engine.sglang import standins, versions
 
     versions.require_supported()
@@ -47,14 +51,19 @@ def _preload_sglang() -> Callable[[], Engine]:
     import sglang.srt.models.registry  # noqa: F401 - imports every architecture
     from sglang.srt.plugins import load_plugins
 
+    from chimera.engine.sglang import plugin
     from chimera.engine.sglang.engine import SglangEngine
+    from chimera.engine.sglang.once import ask_once
+    from chimera.engine.sglang.warm import WarmEngine
 
     load_plugins()
+    ask_once()
+    plugin.activate()
     if torch.cuda.is_initialized():
         raise CannotServe("importing SGLang has initialised CUDA, and a forked worker could not use it", permanent=True)
     if threading.active_count() > 1:
         log.warning("threads alive before the first fork: %s", ", ".join(t.name for t in threading.enumerate()))
-    return SglangEngine
+    return SglangEngine if images is None else lambda: WarmEngine(SglangEngine(), images)
 
 
 def _hush_sglang() -> None:

@@ -6,6 +6,7 @@ kept: a step serves every running request, prefills join as slots come free, and
 
 from __future__ import annotations
 
+import math
 import time
 import zlib
 from collections import deque
@@ -14,9 +15,11 @@ from collections.abc import Sequence
 import msgspec
 
 from chimera.core.model import ModelSpec
-from chimera.engine.api import CannotServe, Limit, Order, Post, Stats, Submission, Vitals, Withdrawal
+from chimera.engine.api import CannotServe, Holding, Limit, Order, Post, Stats, Submission, Vitals, Withdrawal
 from chimera.msg.events import Outcome
 from chimera.msg.stream import TokenDelta
+
+_LOOK_AGAIN_S = 0.002
 
 
 class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -60,25 +63,37 @@ class SimulatedEngine:
         self._costs = Costs()
         self._model = ""
         self._kv_tokens = 0
+        self._token_bytes = 1
+        self._elastic = False
+        self._retract_at_s = math.inf
         self._waiting: deque[Submission] = deque()
         self._running: dict[str, _Running] = {}
 
-    def activate(self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None) -> Vitals:
+    def prepare(self, model: ModelSpec, *, gpu_ids: tuple[int, ...]) -> int:
+        return 0
+
+    def activate(
+        self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None = None
+    ) -> Vitals:
         try:
             self._costs = msgspec.convert(model.engine_args, Costs)
         except msgspec.ValidationError as fault:
             raise CannotServe(f"engine_args of a simulated model: {fault}", permanent=True) from fault
         time.sleep(self._costs.load_s)
         self._model = model.name
-        self._kv_tokens = self._costs.kv_tokens if kv_bytes is None else kv_bytes // max(1, model.kv_bytes_per_token)
+        self._token_bytes = max(1, model.kv_bytes_per_token)
+        self._kv_tokens = self._costs.kv_tokens if kv_bytes is None else kv_bytes // self._token_bytes
+        self._elastic = ceiling_bytes is not None
+        self._retract_at_s = math.inf
         return Vitals(credits=self._costs.max_running, kv_tokens=self._kv_tokens, context_length=model.context_length)
 
     def serve(self, post: Post) -> None:
         costs = self._costs
         while True:
-            wait_s = 0.0 if self._running or self._waiting else None
+            wait_s = 0.0 if self._running else _LOOK_AGAIN_S if self._waiting else None
             for order in post.collect(wait_s):
                 self._take(order)
+            self._yield_memory(post)
             admitted = self._fill_batch()
             if not self._running:
                 continue
@@ -92,6 +107,17 @@ class SimulatedEngine:
         used = sum(len(r.submission.payload.input_ids) + r.made for r in self._running.values())
         return Stats(running=len(self._running), queued=len(self._waiting), kv_tokens=self._kv_tokens, kv_used_tokens=used)
 
+    def holding(self) -> Holding | None:
+        """It has what its requests may come to need; the rest of its level is free to go at once."""
+        if not self._elastic:
+            return None
+        waiting = sum(_Running(submission).final_tokens for submission in self._waiting)
+        return Holding(
+            held_bytes=self._reserved_tokens * self._token_bytes,
+            wanted_bytes=(self._reserved_tokens + waiting) * self._token_bytes,
+            least_bytes=0,
+        )
+
     def deactivate(self) -> None:
         self._waiting.clear()
         self._running.clear()
@@ -104,16 +130,33 @@ class SimulatedEngine:
             case Withdrawal(request_id):
                 self._running.pop(request_id, None)
                 self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
-            case Limit(kv_tokens):
-                self._kv_tokens = kv_tokens
+            case Limit(kv_bytes, retract_by_s):
+                self._kv_tokens = kv_bytes // self._token_bytes
+                self._retract_at_s = math.inf if retract_by_s is None else retract_by_s
+
+    def _yield_memory(self, post: Post) -> None:
+        """Past the deadline of a limit, give back the youngest requests until the others fit into it to their ends."""
+        if time.monotonic() < self._retract_at_s:
+            return
+        self._retract_at_s = math.inf
+        reserved = self._reserved_tokens
+        for request_id, running in reversed(list(self._running.items())):
+            if reserved > self._kv_tokens:
+                reserved -= running.final_tokens
+                del self._running[request_id]
+                post.give_back(request_id, "its KV memory was recalled")
+
+    @property
+    def _reserved_tokens(self) -> int:
+        return sum(running.final_tokens for running in self._running.values())
 
     def _fill_batch(self) -> int:
         """Move waiting requests into the batch while their final need fits; returns the prompt tokens to prefill."""
-        reserved = sum(r.final_tokens for r in self._running.values())
+        reserved = self._reserved_tokens
         admitted = 0
         while self._waiting and len(self._running) < self._costs.max_running:
             running = _Running(self._waiting[0])
-            if self._running and reserved + running.final_tokens > self._kv_tokens:
+            if (self._running or self._elastic) and reserved + running.final_tokens > self._kv_tokens:
                 break
             self._waiting.popleft()
             self._running[running.submission.request_id] = running

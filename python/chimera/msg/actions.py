@@ -32,12 +32,24 @@ class RejectCode(enum.StrEnum):
     AGENT_LOST = "agent_lost"
 
 
+class FirstLease(msgspec.Struct, frozen=True, kw_only=True):
+    """What an elastic replica begins with on its GPU; `Grant` and `Recall` speak of it from then on."""
+
+    page_bytes: int
+    revision: int
+    level: int
+    ceiling: int
+    """The most pages it can ever be granted: the addresses it sets aside."""
+
+
 class Activate(Action, frozen=True, kw_only=True):
     """Bring the replica up. `epoch` is empty on the way from control and minted by the agent that obeys."""
 
     model: ModelSpec
     seat: Seat
     epoch: Epoch | None = None
+    lease: FirstLease | None = None
+    """Set by the agent that obeys, where KV memory is elastic."""
 
 
 class Deactivate(Action, frozen=True, kw_only=True):

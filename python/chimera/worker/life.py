@@ -16,6 +16,7 @@ from chimera.engine.api import Engine, Leave, Order, Stats, Submission, Withdraw
 from chimera.msg import actions, stream
 from chimera.msg.events import Outcome, RequestFinished
 from chimera.msg.stream import Payload, TokenDelta
+from chimera.worker.lease import LeaseDesk
 from chimera.worker.ties import Ties
 
 HEARTBEAT_S = 0.25
@@ -36,7 +37,7 @@ class _Open:
 
 
 class Life:
-    def __init__(self, replica: ReplicaId, epoch: Epoch, engine: Engine, ties: Ties) -> None:
+    def __init__(self, replica: ReplicaId, epoch: Epoch, engine: Engine, ties: Ties, lease: LeaseDesk | None = None) -> None:
         self.replica = replica
         self.epoch = epoch
         self.stop_reason = ""
@@ -44,6 +45,7 @@ class Life:
         """The whole process is to end with this life."""
         self._engine = engine
         self._ties = ties
+        self._lease = lease
         self._open: dict[str, _Open] = {}
         self._paused = False
         self._leave_by_s: float | None = None
@@ -59,6 +61,7 @@ class Life:
                 raise Leave
             patience_s = self._patience_s(wait_s)
             self._heartbeat(falling_idle=patience_s is None)
+            self._report_lease(falling_idle=patience_s is None)
             orders = [order for message in self._ties.receive(patience_s) if (order := self._order(message)) is not None]
             if orders or (wait_s is not None and not self._paused and self._leave_by_s is None):
                 return orders
@@ -86,6 +89,12 @@ class Life:
             self._ties.tell_front(request.front, stream.Failed(request_id=request_id, code=code, message=message))
             self._finish(request_id, Outcome.FAILED)
 
+    def give_back(self, request_id: str, reason: str) -> None:
+        request = self._open.get(request_id)
+        if request is not None:
+            self._ties.tell_front(request.front, _requeue(request_id, reason))
+            self._finish(request_id, Outcome.REQUEUED)
+
     # The agent's side.
 
     def _order(self, message: object) -> Order | None:
@@ -104,6 +113,8 @@ class Life:
                 self._paused = True
             case actions.Resume(epoch=self.epoch):
                 self._paused = False
+            case actions.Grant(epoch=self.epoch) | actions.Recall(epoch=self.epoch) if self._lease is not None:
+                return self._lease.obey(message, time.monotonic())
             case stream.Stop(drain_s=drain_s):
                 self._leave_by_s = time.monotonic() + drain_s
                 self.stop_reason = "the server is stopping"
@@ -152,6 +163,15 @@ class Life:
             return wait_s
         left_s = max(0.0, self._leave_by_s - time.monotonic())
         return left_s if wait_s is None else min(wait_s, left_s)
+
+    def _report_lease(self, *, falling_idle: bool) -> None:
+        now = time.monotonic()
+        if self._lease is None or not (falling_idle or self._lease.is_due(now)):
+            return
+        holding = self._engine.holding()
+        assert holding is not None, "an engine activated with a ceiling holds elastic memory"
+        for news in self._lease.report(holding, now):
+            self._ties.tell_agent(news)
 
     def _heartbeat(self, *, falling_idle: bool) -> None:
         now = time.monotonic()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from chimera.engine.api import CannotServe, Engine, Leave
 from chimera.msg import actions, events, stream
+from chimera.worker.lease import LeaseDesk
 from chimera.worker.life import Life
 from chimera.worker.ties import AgentGone, Ties
 
@@ -27,7 +28,7 @@ def run(worker: str, agent_socket: Path, make_engine: Callable[[], Engine]) -> i
     engine = make_engine()
     log.info("empty worker=%s pid=%d", worker, os.getpid())
     try:
-        while (order := _next_activation(ties)) is not None:
+        while (order := _next_activation(engine, ties)) is not None:
             if _live(order, engine, ties):
                 return 0
     except AgentGone as end:
@@ -35,13 +36,15 @@ def run(worker: str, agent_socket: Path, make_engine: Callable[[], Engine]) -> i
     return 0
 
 
-def _next_activation(ties: Ties) -> actions.Activate | None:
+def _next_activation(engine: Engine, ties: Ties) -> actions.Activate | None:
     """Waits, EMPTY, for a model; `None` is the order to stop."""
     while True:
         for message in ties.receive(None):
             match message:
                 case actions.Activate(epoch=epoch) if epoch is not None:
                     return message
+                case stream.Prepare():
+                    _prepare(message, engine, ties)
                 case stream.Stop():
                     return None
                 case stream.Submit(request_id=request_id, front=front):
@@ -50,13 +53,29 @@ def _next_activation(ties: Ties) -> actions.Activate | None:
                     ties.tell_front(front, failed)
 
 
+def _prepare(order: stream.Prepare, engine: Engine, ties: Ties) -> None:
+    name, began_s = order.model.name, time.monotonic()
+    try:
+        host_bytes = engine.prepare(order.model, gpu_ids=order.gpu_ids)
+    except CannotServe as fault:
+        log.warning("preparation failed model=%s reason=%s", name, fault)
+        ties.tell_agent(stream.Prepared(model=name, fault=str(fault)))
+        return
+    took_s = time.monotonic() - began_s
+    log.info("prepared model=%s host_bytes=%d took_s=%.3f", name, host_bytes, took_s)
+    ties.tell_agent(stream.Prepared(model=name, host_bytes=host_bytes, took_s=took_s))
+
+
 def _live(order: actions.Activate, engine: Engine, ties: Ties) -> bool:
     """One life, from activation to `ReplicaStopped`; whether the process was told to stop in it."""
     replica, epoch = order.seat.replica, order.epoch
     assert epoch is not None
     started = time.monotonic()
+    kv_bytes, ceiling_bytes = order.seat.kv_limit_bytes, None
+    if order.lease is not None:
+        kv_bytes, ceiling_bytes = (pages * order.lease.page_bytes for pages in (order.lease.level, order.lease.ceiling))
     try:
-        vitals = engine.activate(order.model, gpu_ids=order.seat.gpu_ids, kv_bytes=order.seat.kv_limit_bytes)
+        vitals = engine.activate(order.model, gpu_ids=order.seat.gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
     except CannotServe as fault:
         log.warning("activation failed replica=%s reason=%s", replica, fault)
         engine.deactivate()
@@ -64,7 +83,8 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties) -> bool:
             events.ActivationFailed(replica=replica, epoch=epoch, reason=str(fault), permanent=fault.permanent),
         )
         return False
-    life = Life(replica, epoch, engine, ties)
+    desk = None if order.lease is None else LeaseDesk(replica, epoch, order.seat.gpu_ids[0], order.lease)
+    life = Life(replica, epoch, engine, ties, desk)
     ties.tell_agent(
         events.ReplicaReady(
             replica=replica,

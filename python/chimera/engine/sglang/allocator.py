@@ -7,12 +7,17 @@ limits, and decides nothing.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from sglang.srt.mem_cache.allocator.base import BaseTokenToKVPoolAllocator
 
 from chimera.kv.slots import SlotAllocator, blocks_to_decode, blocks_to_extend
+
+
+class Gate(Protocol):
+    def allows(self, new_tokens: int, requests_left: int) -> bool:
+        """Whether the running requests may go on together."""
 
 
 class ElasticAllocator(BaseTokenToKVPoolAllocator):  # type: ignore[misc]
@@ -21,6 +26,8 @@ class ElasticAllocator(BaseTokenToKVPoolAllocator):  # type: ignore[misc]
     def __init__(self, slots: SlotAllocator, *, size: int, page_size: int, dtype: torch.dtype, kvcache: Any) -> None:
         super().__init__(size, page_size, dtype, str(slots.device), kvcache, False)
         self.slots = slots
+        self.kv: Gate | None = None
+        """Who is asked, beside the free list, whether a decode step may go on."""
         self._held_back: list[torch.Tensor] | None = None
         self._blocks_held_back: list[torch.Tensor] = []
 
@@ -46,13 +53,9 @@ class ElasticAllocator(BaseTokenToKVPoolAllocator):  # type: ignore[misc]
     ) -> torch.Tensor | None:
         if num_new_pages is None:
             num_new_pages = blocks_to_extend(prefix_lens_cpu, seq_lens_cpu, self.page_size)
-        return self.slots.alloc_extend(
-            prefix_lens, seq_lens, last_loc, new_tokens=extend_num_tokens, new_blocks=num_new_pages
-        )
+        return self.slots.alloc_extend(prefix_lens, seq_lens, last_loc, new_tokens=extend_num_tokens, new_blocks=num_new_pages)
 
-    def alloc_decode(
-        self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
-    ) -> torch.Tensor | None:
+    def alloc_decode(self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor) -> torch.Tensor | None:
         return self.slots.alloc_decode(seq_lens, last_loc, new_blocks=blocks_to_decode(seq_lens_cpu, self.page_size))
 
     def free(self, free_index: torch.Tensor) -> None:

@@ -35,7 +35,6 @@ from chimera.vmm.driver import Driver
 _STRIPES_AIMED_AT: Final = 64
 """A pool small enough to have fewer at the usual size gets smaller stripes."""
 _SMALL_GRANULE_BYTES: Final = 64 * KIB
-_LOOK_AGAIN_S: Final = 0.002
 _STARVED_S: Final = 20.0
 """How long a request may lie in an engine that has nothing else to do, for want of memory, before it is told so."""
 _WANTED_EVERY_S: Final = 0.02
@@ -48,6 +47,10 @@ class ElasticKv:
 
     def __init__(self, *, level_bytes: int, ceiling_bytes: int, on_cpu: bool) -> None:
         self.ceiling_bytes = ceiling_bytes
+        self.restless = False
+        """Stripes are on their way out, and need no step for it."""
+        self.stalled = False
+        """Requests wait for memory, and nothing runs whose end would free any."""
         self._on_cpu = on_cpu
         self._level_bytes = level_bytes
         self._retract_at_s = math.inf
@@ -94,9 +97,8 @@ class ElasticKv:
         if self._pool is None:
             what = type(kvcache).__name__
             raise CannotServe(f"{what} cannot hold elastic KV memory: set elastic to false for this model", permanent=True)
-        self._allocator = ElasticAllocator(
-            self._pool.slots, size=size, page_size=page_size, dtype=dtype, kvcache=kvcache
-        )
+        self._allocator = ElasticAllocator(self._pool.slots, size=size, page_size=page_size, dtype=dtype, kvcache=kvcache)
+        self._allocator.kv = self
         return self._allocator
 
     def bind(self, scheduler: Any) -> None:
@@ -114,18 +116,16 @@ class ElasticKv:
         self._retract_at_s = math.inf if order.retract_by_s is None else order.retract_by_s
         self._budget.limit_bytes = max(order.kv_bytes, self._owned_pool.stripe_bytes)
 
-    def breathe(self, give_back: GiveBack) -> float | None:
-        """Bring the pool towards its level, as far as it can go now. How soon an idle caller should come again, if at all."""
+    def breathe(self, give_back: GiveBack) -> None:
+        """Bring the pool towards its level, as far as it can go now."""
         pool = self._owned_pool
         if pool.present_stripes != self._wanted_stripes or pool.leaving:
             self._move_level(give_back)
             self._show()
-        stalled = self._is_stalled()
-        if stalled:
+        self.restless = bool(pool.leaving) or pool.present_stripes > pool.staying_stripes
+        self.stalled = self._is_stalled()
+        if self.stalled:
             self._turn_away_the_starved(give_back)
-        under_way = pool.leaving or pool.present_stripes > pool.staying_stripes
-        waiting_to_retract = pool.staying_stripes > self._wanted_stripes and math.isfinite(self._retract_at_s)
-        return _LOOK_AGAIN_S if under_way or stalled or waiting_to_retract else None
 
     def allows(self, new_tokens: int, requests_left: int) -> bool:
         """Whether the running requests may go on together; asked by SGLang's decode gate after its own check.
@@ -159,6 +159,8 @@ class ElasticKv:
 
     def close(self) -> None:
         """Give everything back. Nobody may touch the tensors any more."""
+        if self._allocator is not None:
+            self._allocator.kv = None
         self._scheduler = self._allocator = None
         if self._pool is not None:
             self._pool.close()
@@ -269,6 +271,9 @@ class ElasticKv:
         live = self.live_slots
         if live == self._shown:
             return
+        if live > self._shown:
+            # SGLang remembers that a batch was full until one of its requests ends; it does not expect room to come otherwise.
+            self._scheduler.running_batch.batch_is_full = False
         self._shown = live
         for reader in (self._scheduler.pool_stats_observer, self._scheduler.invariant_checker):
             object.__setattr__(reader, "max_total_num_tokens", live)

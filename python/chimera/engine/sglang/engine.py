@@ -21,9 +21,11 @@ from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang.srt.utils.watchdog import Watchdog
 
 from chimera.core.model import ModelSpec
-from chimera.engine.api import CannotServe, Post, Stats, Vitals
+from chimera.engine.api import CannotServe, Holding, Post, Stats, Vitals
 from chimera.engine.sglang.arguments import server_arguments
+from chimera.engine.sglang.elastic import ElasticKv
 from chimera.engine.sglang.mailbox import Mailbox
+from chimera.engine.sglang.plugin import elastic_memory
 from chimera.engine.sglang.solitude import alone
 
 log = logging.getLogger(__name__)
@@ -32,7 +34,13 @@ log = logging.getLogger(__name__)
 class _Mailboxed(scheduler_module.Scheduler):  # type: ignore[misc]
     """SGLang's scheduler with a mailbox where its sockets would be."""
 
-    mailbox: Mailbox
+    kv: ElasticKv | None = None
+
+    def on_idle(self) -> None:
+        """As SGLang's own, whose leak check reads a capacity that may have moved since the last step."""
+        if self.kv is not None:
+            self.kv.show_settled()
+        super().on_idle()
 
     def init_ipc_channels(self, port_args: PortArgs) -> None:
         later = _Later()
@@ -95,19 +103,25 @@ class SglangEngine:
     def __init__(self) -> None:
         self._on_cpu = not torch.accelerator.is_available()
         self._scheduler: _Mailboxed | None = None
+        self._kv: ElasticKv | None = None
 
-    def activate(self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None) -> Vitals:
+    def activate(
+        self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None = None
+    ) -> Vitals:
         if len(gpu_ids) > 1:
             raise CannotServe(
                 "a model over several GPUs needs a gang of workers, which this release cannot form", permanent=True
             )
         started = time.perf_counter()
         try:
-            self._scheduler = self._build(model, gpu_ids, kv_bytes)
+            self._scheduler = self._build(model, gpu_ids, kv_bytes, ceiling_bytes)
+        except CannotServe:
+            self._forget()
+            raise
         except Exception as fault:
             # Loaders and models raise whatever they meet; all of it is the reason why this model is not there.
             log.warning("SGLang could not build model=%s", model.name, exc_info=True)
-            _forget_process_state()
+            self._forget()
             short = isinstance(fault, MemoryError | torch.OutOfMemoryError)
             raise CannotServe(f"SGLang could not build it: {type(fault).__name__}: {fault}", permanent=not short) from fault
         log.info("built model=%s seconds=%.3f", model.name, time.perf_counter() - started)
@@ -117,16 +131,27 @@ class SglangEngine:
             context_length=self._scheduler.model_config.context_len,
         )
 
-    def _build(self, model: ModelSpec, gpu_ids: tuple[int, ...], kv_bytes: int | None) -> _Mailboxed:
-        arguments = ServerArgs(**server_arguments(model, on_cpu=self._on_cpu, kv_bytes=kv_bytes))
+    def _build(self, model: ModelSpec, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None) -> _Mailboxed:
+        most_bytes = kv_bytes if ceiling_bytes is None else ceiling_bytes
+        arguments = ServerArgs(**server_arguments(model, on_cpu=self._on_cpu, kv_bytes=most_bytes))
         publish(arguments, role="scheduler")
         device = 0 if self._on_cpu else gpu_ids[0]
-        with alone():
-            return _Mailboxed(arguments, PortArgs.init_new(arguments), device, 0, 0, 0, 0, 0, None)
+        if ceiling_bytes is not None:
+            level_bytes = ceiling_bytes if kv_bytes is None else kv_bytes
+            self._kv = ElasticKv(level_bytes=level_bytes, ceiling_bytes=ceiling_bytes, on_cpu=self._on_cpu)
+        with elastic_memory(self._kv), alone():
+            scheduler = _Mailboxed(arguments, PortArgs.init_new(arguments), device, 0, 0, 0, 0, 0, None)
+        if self._kv is not None:
+            self._kv.bind(scheduler)
+            scheduler.kv = self._kv
+        return scheduler
+
+    def prepare(self, model: ModelSpec, *, gpu_ids: tuple[int, ...]) -> int:
+        return 0  # weights are read from the model's files each time
 
     def serve(self, post: Post) -> None:
         scheduler = self._require()
-        scheduler.later.mailbox = Mailbox(post, idle=scheduler.is_fully_idle, set_limit=self._set_limit)
+        scheduler.later.mailbox = Mailbox(post, idle=scheduler.is_fully_idle, memory=self._kv)
         try:
             scheduler.run_event_loop()
         finally:
@@ -135,7 +160,7 @@ class SglangEngine:
     def stats(self) -> Stats:
         scheduler = self._require()
         allocator = scheduler.token_to_kv_pool_allocator
-        total = scheduler.max_total_num_tokens
+        total = scheduler.max_total_num_tokens if self._kv is None else self._kv.live_slots
         free = allocator.available_size() + scheduler.tree_cache.evictable_size()
         return Stats(
             running=len(scheduler.running_batch.reqs),
@@ -144,6 +169,9 @@ class SglangEngine:
             kv_used_tokens=total - free,
         )
 
+    def holding(self) -> Holding | None:
+        return None if self._kv is None else self._kv.holding()
+
     def deactivate(self) -> None:
         scheduler, self._scheduler = self._scheduler, None
         if scheduler is None:
@@ -151,16 +179,19 @@ class SglangEngine:
         release = getattr(scheduler, "release_host_resources", None)
         if release is not None:
             release()
-        _forget_process_state()
         del scheduler
-        gc.collect()
+        self._forget()
 
     def _require(self) -> _Mailboxed:
         assert self._scheduler is not None, "the worker activates before it serves"
         return self._scheduler
 
-    def _set_limit(self, kv_tokens: int) -> None:
-        raise NotImplementedError("a fixed pool has no limit to move")
+    def _forget(self) -> None:
+        _forget_process_state()
+        gc.collect()
+        kv, self._kv = self._kv, None
+        if kv is not None:
+            kv.close()  # now that nobody is left to touch its tensors
 
 
 def _forget_process_state() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
 from sglang.srt.managers import io_struct
@@ -17,6 +17,7 @@ from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, Tokenize
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from chimera.engine.api import Limit, Order, Post, Submission, Withdrawal
+from chimera.errors import ChimeraError
 from chimera.msg.events import Outcome
 from chimera.msg.stream import Sampling, TokenDelta, TokenLogprobs
 
@@ -26,13 +27,32 @@ _END_OF_ID = ";"
 _ENDINGS = {"stop": Outcome.STOP, "length": Outcome.LENGTH}
 
 
+_LOOK_AGAIN_S = 0.002
+_SHORT_OF_MEMORY = "Out of memory"
+"""How SGLang begins when it aborts a request that it could not keep: no fault of the request, so it is brought again."""
+
+
+class Memory(Protocol):
+    """KV memory that changes between two steps."""
+
+    stalled: bool
+    """Requests wait, nothing runs, and no step will change that."""
+    restless: bool
+    """Something is under way that goes on without a step."""
+
+    def limit(self, order: Limit) -> None: ...
+
+    def breathe(self, give_back: Callable[[str, str], None]) -> None:
+        """Change what can be changed now. `give_back` takes SGLang's name of a request that must leave, and why."""
+
+
 class Mailbox:
     """One model's requests in this process, from their submission to their last token."""
 
-    def __init__(self, post: Post, *, idle: Callable[[], bool], set_limit: Callable[[int], None]) -> None:
+    def __init__(self, post: Post, *, idle: Callable[[], bool], memory: Memory | None = None) -> None:
         self._post = post
         self._idle = idle
-        self._set_limit = set_limit
+        self._memory = memory
         self._incoming: deque[Any] = deque()
         self._open: dict[str, int] = {}
         """Request id → log-probability alternatives wanted, -1 for none."""
@@ -45,13 +65,32 @@ class Mailbox:
 
     def recv_pyobj(self, flags: int = 0) -> Any:
         if not self._incoming:
-            # With nothing open and SGLang's own queues empty, sleeping here is the whole cost of an idle worker.
-            wait_s = None if not self._open and self._idle() else 0.0
-            for order in self._post.collect(wait_s):
-                self._take(order)
+            self._look_up()
         if not self._incoming:
             raise zmq.Again
         return self._incoming.popleft()
+
+    def _look_up(self) -> None:
+        """Between two steps: what changes now, the next step sees whole."""
+        if self._memory is not None:
+            self._memory.breathe(self._give_back)
+        limited = False
+        for order in self._post.collect(self._patience_s()):
+            limited |= isinstance(order, Limit)
+            self._take(order)
+        if limited and self._memory is not None:
+            self._memory.breathe(self._give_back)
+
+    def _patience_s(self) -> float | None:
+        """With nothing open and SGLang's own queues empty, sleeping in `collect` is the whole cost of an idle worker."""
+        if self._incoming:
+            return 0.0
+        restless = self._memory is not None and self._memory.restless
+        if self._memory is not None and self._memory.stalled:
+            return _LOOK_AGAIN_S
+        if not self._open and self._idle():
+            return _LOOK_AGAIN_S if restless else None
+        return 0.0
 
     def _take(self, order: Order) -> None:
         match order:
@@ -61,8 +100,10 @@ class Mailbox:
             case Withdrawal(request_id):
                 if self._open.pop(request_id, None) is not None:
                     self._incoming.append(AbortReq(rid=request_id + _END_OF_ID))
-            case Limit(kv_tokens):
-                self._set_limit(kv_tokens)
+            case Limit():
+                if self._memory is None:
+                    raise ChimeraError("a limit was set on a KV pool of fixed size")
+                self._memory.limit(order)
 
     # As the sender that SGLang hands its batches to.
 
@@ -99,10 +140,20 @@ class Mailbox:
                 logprobs=_logprobs(batch, i, alternatives) if alternatives >= 0 else None,
             )
 
+    def _give_back(self, rid: str, why: str) -> None:
+        """Unless it has ended meanwhile: it leaves SGLang, and comes again from outside when there is room for it."""
+        request_id = rid.removesuffix(_END_OF_ID)
+        if self._open.pop(request_id, None) is not None:
+            self._post.give_back(request_id, why)
+            self._incoming.append(AbortReq(rid=rid))
+
     def _give_up(self, request_id: str, reason: dict[str, Any] | None) -> None:
         del self._open[request_id]
         message = (reason or {}).get("message") or "the engine gave the request up"
         status = (reason or {}).get("status_code")
+        if self._memory is not None and message.startswith(_SHORT_OF_MEMORY):
+            self._post.give_back(request_id, message)
+            return
         code = "bad_request" if status == 400 else "engine_failure"
         self._post.fail(request_id, code, str(message))
 

@@ -16,7 +16,7 @@ class Row(NamedTuple):
     """A live request's line in SGLang's table of slots."""
 
     request: Any
-    index: int
+    line: int
     length: int
 
 
@@ -31,15 +31,15 @@ class Occupants:
     def slots(self) -> torch.Tensor:
         """All that is named anywhere; what several share comes several times."""
         pieces = [prefix.value for prefix in self._prefixes]
-        pieces += [self._table[row.index, : row.length].long() for row in self._rows]
+        pieces += [self._table[row.line, : row.length].long() for row in self._rows]
         return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64, device=self._table.device)
 
     def rename(self, new_number: torch.Tensor) -> None:
         """Give every occupant the slots that `new_number` has at its old ones."""
         for prefix in self._prefixes:
             prefix.value = new_number[prefix.value]
-        for request, index, length in self._rows:
-            self._table[index, :length] = new_number[self._table[index, :length].long()].to(self._table.dtype)
+        for request, line, length in self._rows:
+            self._table[line, :length] = new_number[self._table[line, :length].long()].to(self._table.dtype)
             # What a chunked prefill goes on from, and what a request was admitted with.
             if isinstance(request.prefix_indices, torch.Tensor) and len(request.prefix_indices):
                 request.prefix_indices = new_number[request.prefix_indices.long()].to(request.prefix_indices.dtype)

@@ -98,7 +98,9 @@ def _refuse_unknown_layout(pool: Any, *, quantized: bool, layout: str) -> None:
         what = f"a KV cache of {pool.store_dtype}"
     else:
         return
-    raise CannotServe(f"{what} cannot have elastic memory: set elastic to false, or choose another kv_cache_dtype", permanent=True)
+    raise CannotServe(
+        f"{what} cannot have elastic memory: set elastic to false, or choose another kv_cache_dtype", permanent=True
+    )
 
 
 def _build_allocator(original: Callable[..., Any], configurator: Any, **settings: Any) -> Any:
