@@ -22,6 +22,26 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     since_s: float = 0.0
 
 
+class Demand(msgspec.Struct, frozen=True, kw_only=True):
+    """What one model is asked for, as the dispatcher has seen it."""
+
+    requests_per_s: float = 0.0
+    """Over the last ten seconds, the newest counting most."""
+    requests_per_s_minute: float = 0.0
+    """Over the last minute."""
+    prompt_tokens: float = 0.0
+    """Mean of late, per request."""
+    output_tokens: float = 0.0
+    idle_s: float = 0.0
+    """Since the last request came or ended."""
+    waiting: int = 0
+    """Held by the dispatcher: no replica serves them yet."""
+    open: int = 0
+    """With a replica, waiting there or running."""
+    total: int = 0
+    """Requests ever seen."""
+
+
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     version: int = 1
     now_s: float
@@ -31,3 +51,5 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     replicas: tuple[ReplicaView, ...] = ()
     waiting: dict[str, int] = {}
     """Requests held by the dispatcher, by model, because no replica serves them yet."""
+    demands: dict[str, Demand] = {}
+    """By model; a model that was never asked for may be missing."""

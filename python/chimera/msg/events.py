@@ -148,6 +148,12 @@ class PagesHeld(Event, frozen=True, kw_only=True):
     """What the replica has; above the level while it is still on its way down."""
 
 
+class PolicyChosen(Event, frozen=True, kw_only=True):
+    """Who decides from now on what runs where; the running system goes on meanwhile."""
+
+    policy: str
+
+
 class GpuSampled(Event, frozen=True, kw_only=True):
     """Memory held on the device by processes that are not ours."""
 

@@ -5,7 +5,8 @@ name and life, replicas by epoch (which it never invents), requests by their mea
 or which tokens a client has seen: whatever may have been served partly goes back to its front-end to be brought again.
 
 Invariants: a request is held, or with one place, or gone; one that is held waits for something with a known end; news of a
-life that is over changes nothing.
+life that is over changes nothing. What a policy decides is carried out between two events, and loses no request: a replica that
+is no longer wanted drains, and what waited for it is brought again.
 
 What control's loop owes beyond the package's contract: `AgentLost` for an old connection before `AgentJoined` from a new one;
 an agent's `Reject` and `Requeue` go through `on`, and what comes back goes to the front-ends; when a front-end is gone, a
@@ -14,8 +15,9 @@ an agent's `Reject` and `Requeue` go through `on`, and what comes back goes to t
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
@@ -25,6 +27,7 @@ from chimera.core.placement import Placement, Seat
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
 from chimera.core.snapshot import ReplicaView, Snapshot
+from chimera.errors import ConfigError
 from chimera.msg.actions import Abort, Action, Activate, Deactivate, Reject, RejectCode, Requeue, Route, WakeAt
 from chimera.msg.events import (
     ActivationFailed,
@@ -34,6 +37,7 @@ from chimera.msg.events import (
     ModelRegistered,
     ModelRemoved,
     Outcome,
+    PolicyChosen,
     ReplicaReady,
     ReplicaStopped,
     RequestArrived,
@@ -42,7 +46,11 @@ from chimera.msg.events import (
     Woke,
     WorkerLost,
 )
+from chimera.sched.cost import CostTable
+from chimera.sched.demand import Counter
 from chimera.sched.places import QUARANTINE_AFTER, Place, PlaceState, Routed
+from chimera.sched.policies import policy_named
+from chimera.sched.policies.policy import Decision, Question, WarmRules
 from chimera.sched.queues import Fcfs, Queue
 
 ControlInput = Event | Reject | Requeue
@@ -51,6 +59,8 @@ ControlInput = Event | Reject | Requeue
 FIRST_PACE_S = 1.0
 """Seconds from one end to the next on one replica, until the first has been seen."""
 PACE_MEMORY = 0.9
+SOON_S = 0.02
+"""Reviews that events ask for are at least so far apart."""
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,18 +123,45 @@ class ControlState(msgspec.Struct, frozen=True, kw_only=True):
     held: tuple[Held, ...]
     paces: dict[str, Pace]
     wake_s: float | None
+    filed: Placement = Placement()
+    policy: str = "static"
+    costs: CostTable | None = None
+    warm: WarmRules = WarmRules()
+    demands: dict[str, Counter] = {}
+    review_s: float | None = None
+    reviewed_s: float | None = None
 
 
 class ControlScheduler:
-    """One for the whole system, under the `static` policy: the wanted placement is the one it was made with."""
+    """One for the whole system. `filed` is what the operator wrote: where every policy begins, and where `static` stays.
 
-    def __init__(self, wanted: Placement, limits: Limits | None = None) -> None:
-        self._wanted = wanted
+    Policies other than `static` need a cost table.
+    """
+
+    def __init__(
+        self,
+        filed: Placement,
+        limits: Limits | None = None,
+        *,
+        policy: str = "static",
+        costs: CostTable | None = None,
+        warm: WarmRules | None = None,
+    ) -> None:
+        self._filed = filed
+        self._wanted = filed
+        self._policy = policy_named(policy)
+        self._costs = costs
+        self._warm = warm or WarmRules()
+        self._demands: dict[str, Counter] = {}
+        self._review_s: float | None = None
+        """When the policy is asked next; `None` until something happens."""
+        self._reviewed_s: float | None = None
         self._limits = limits or Limits()
         self._models: dict[str, ModelSpec] = {}
         self._agents: dict[str, Agent] = {}
         self._places: dict[ReplicaId, Place] = {}
         self._by_model: dict[str, list[Place]] = {}
+        self._on_gpu: dict[int, list[Place]] = {}
         self._held: dict[str, Queue] = {}
         self._held_since: OrderedDict[str, Held] = OrderedDict()
         """All that is held, the longest-held first."""
@@ -137,6 +174,8 @@ class ControlScheduler:
 
     def on(self, event: ControlInput, now: float) -> list[Action]:
         actions = list(self._decide(event, now))
+        if self._review_s is not None and self._review_s <= now:
+            actions += self._review(now)
         wake = self._next_wake()
         return actions if wake is None else [*actions, wake]
 
@@ -168,12 +207,18 @@ class ControlScheduler:
                 return self._registered(event.model, now)
             case ModelRemoved():
                 return self._removed(event.model, now)
+            case PolicyChosen():
+                return self._policy_chosen(event.policy, now)
             case Woke():
                 return self._woke(now)
             case _:
                 return []
 
     # What the loop asks.
+
+    @property
+    def policy(self) -> str:
+        return self._policy.name
 
     def agent_of(self, action: Action) -> str | None:
         """The agent that an action is for; `None` for those that go to a front-end, or when that agent is gone."""
@@ -200,7 +245,7 @@ class ControlScheduler:
     def snapshot(self, now: float) -> Snapshot:
         return Snapshot(
             now_s=now,
-            policy="static",
+            policy=self._policy.name,
             gpus=tuple(gpu for agent in self._agents.values() if agent.present for gpu in agent.gpus),
             models=tuple(self._models.values()),
             replicas=tuple(
@@ -217,6 +262,14 @@ class ControlScheduler:
                 for place in self._places.values()
             ),
             waiting={model: len(queue) for model, queue in self._held.items() if len(queue)},
+            demands={
+                model: counter.view(
+                    now,
+                    waiting=len(self._held.get(model, ())),
+                    open=sum(len(place.routed) for place in self._places_of(model)),
+                )
+                for model, counter in self._demands.items()
+            },
         )
 
     # Requests.
@@ -224,12 +277,16 @@ class ControlScheduler:
     def _arrived(self, request: Request, now: float) -> list[Action]:
         if request.request_id in self._where or request.request_id in self._held_since:
             return []
+        if request.model in self._models:
+            self._demand(request.model).came(request, now)
         refusal = self._refusal(request, now)
         if refusal is not None:
             return [refusal]
         place = self._choice(request.model)
         if place is None:
             self._hold(request, now)
+            if not self._places_of(request.model):
+                self._review_soon(now)
             return []
         return [self._route(request, place, now)]
 
@@ -239,10 +296,12 @@ class ControlScheduler:
         if model not in self._models:
             return _reject(request, RejectCode.MODEL_NOT_FOUND, f"no model is registered as {model}")
         places = self._places_of(model)
-        if not places:
+        if not places and not self._policy.on_demand:
             reason = f"{model} is registered, and the placement gives it no GPU"
             return _reject(request, RejectCode.MODEL_NOT_LOADED, reason)
-        if not any(place.promising for place in places):
+        if not places and not self._could_fit(self._models[model]):
+            return _reject(request, RejectCode.MODEL_UNAVAILABLE, f"{model} fits on none of the GPUs that are here")
+        if places and not any(place.promising for place in places):
             return self._hopeless(request, places, now)
         ahead = self._ahead(model)
         if request.tries == 0 and ahead >= self._limits.queue_per_model:
@@ -276,7 +335,24 @@ class ControlScheduler:
 
     def _choice(self, model: str) -> Place | None:
         serving = [place for place in self._places_of(model) if place.state is PlaceState.SERVING]
-        return min(serving, key=lambda place: (len(place.routed), place.replica), default=None)
+        if len(serving) < 2:
+            return serving[0] if serving else None
+        if self._costs is None:
+            return min(serving, key=lambda place: (len(place.routed), place.replica))
+        return min(serving, key=lambda place: (self._step_s(place), place.replica))
+
+    def _step_s(self, place: Place) -> float:
+        """How long a step would take there with one request more, and how much longer those of its neighbours."""
+        assert self._costs is not None
+        cost = self._costs.of(self._models[place.replica.model])
+        demand = self._demand(place.replica.model)
+        batch = len(place.routed) + 1
+        context = round(batch * (demand.prompt_tokens + demand.output_tokens / 2))
+        near = {p.replica for g in place.seat.gpu_ids for p in self._on_gpu[g] if p is not place and p.routed}
+        engines = len(near) + 1
+        harm = 0.0 if place.routed else len(near) * cost.step_s
+        behind = place.overflow + 1 if batch > place.credits else 1
+        return self._costs.slowdown(engines) * cost.decode_s(batch, context) * behind + harm
 
     def _hold(self, request: Request, now: float) -> None:
         self._held.setdefault(request.model, Fcfs()).push(request)
@@ -325,6 +401,8 @@ class ControlScheduler:
         place = self._places[replica]
         self._forget(event.request_id)
         if event.outcome in (Outcome.STOP, Outcome.LENGTH):
+            if replica.model in self._demands:
+                self._demands[replica.model].ended(event.output_tokens, now)
             serving = sum(p.state is PlaceState.SERVING for p in self._places_of(replica.model))
             self._pace(replica.model).end(now, serving)
             if event.replica == replica and event.epoch == place.epoch:
@@ -354,6 +432,7 @@ class ControlScheduler:
         place.serve(event.epoch, credits=event.credits, kv_tokens=event.kv_tokens, load_s=event.load_s, now=now)
         place.agent = agent
         self._note_due(place)
+        self._review_soon(now)
         yield from self._route_held(event.replica.model, now)
 
     def _life_ended(
@@ -365,6 +444,9 @@ class ControlScheduler:
         if place.state is PlaceState.LEAVING:
             yield from self._drop(place, why)
             yield from self._settle(replica.model, now)
+            yield from self._start_absent(list(self._places.values()), now)
+            yield from self._refuse_held(replica.model, now)
+            self._review_soon(now)
             return
         place.end_life(epoch, why, now)
         if permanent:
@@ -400,6 +482,9 @@ class ControlScheduler:
         places = self._places_of(model)
         if any(place.promising for place in places):
             return
+        if self._policy.on_demand and not places and model in self._models:
+            self._review_soon(now)
+            return
         for request in list(self._held.get(model, ())):
             self._unhold(request.request_id)
             refusal = self._refusal(request, now)
@@ -417,6 +502,7 @@ class ControlScheduler:
                     place.failures = 0
                     self._await_agent(place, now)
         yield from self._settle(model.name, now)
+        self._review_soon(now)
 
     def _removed(self, model: str, now: float) -> Iterator[Action]:
         if model not in self._models:
@@ -435,20 +521,24 @@ class ControlScheduler:
             self._unhold(request.request_id)
             yield _reject(request, RejectCode.MODEL_NOT_FOUND, f"{model} was removed while the request waited")
         self._paces.pop(model, None)
+        self._demands.pop(model, None)
+        self._review_soon(now)
 
-    def _settle(self, model: str, now: float) -> Iterator[Action]:
+    def _settle(self, model: str, now: float, purposes: Mapping[ReplicaId, str] | None = None) -> Iterator[Action]:
         """Makes the places that are wanted for a registered model, and starts those whose agent is here."""
         if model not in self._models:
             return
         for seat in self._wanted.seats:
             if seat.replica.model == model and seat.replica not in self._places:
-                place = Place(seat=seat, since_s=now)
+                place = Place(seat=seat, since_s=now, purpose=(purposes or {}).get(seat.replica, ""))
                 self._list(place)
                 self._await_agent(place, now)
         yield from self._start_absent(self._places_of(model), now)
 
     def _list(self, place: Place) -> None:
         self._places[place.replica] = place
+        for gpu_id in place.seat.gpu_ids:
+            self._on_gpu.setdefault(gpu_id, []).append(place)
         self._by_model.setdefault(place.replica.model, []).append(place)
 
     def _await_agent(self, place: Place, now: float) -> None:
@@ -459,9 +549,34 @@ class ControlScheduler:
     def _start_absent(self, places: Iterable[Place], now: float) -> Iterator[Action]:
         for place in places:
             agent = self._owner(place.seat)
-            if place.state is PlaceState.ABSENT and agent is not None:
+            if place.state is PlaceState.ABSENT and agent is not None and self._has_room(place):
                 place.agent = agent
-                yield self._activate(place, f"the placement wants it on GPUs {list(place.seat.gpu_ids)} of {agent}", now)
+                reason = place.purpose or f"the placement wants it on GPUs {list(place.seat.gpu_ids)} of {agent}"
+                yield self._activate(place, reason, now)
+
+    def _has_room(self, place: Place) -> bool:
+        """Whether it may start beside those that are leaving; what does not fit even without them is the agent's to refuse."""
+        if self._costs is None:
+            return True
+        for gpu_id in place.seat.gpu_ids:
+            there = [p for p in self._on_gpu[gpu_id] if p is not place and p.state is not PlaceState.ABSENT]
+            if not any(p.state is PlaceState.LEAVING for p in there):
+                continue
+            models = [self._models[p.replica.model] for p in (*there, place) if p.replica.model in self._models]
+            if sum(self._costs.resident_bytes(model) for model in models) > self._capacity_bytes(gpu_id):
+                return False
+        return True
+
+    def _capacity_bytes(self, gpu_id: int) -> int:
+        gpus = (gpu for agent in self._agents.values() for gpu in agent.gpus)
+        return next((gpu.capacity_bytes for gpu in gpus if gpu.gpu_id == gpu_id), 0)
+
+    def _could_fit(self, model: ModelSpec) -> bool:
+        """Whether the GPUs that are here could hold it if they were empty. Without any, that is not known yet."""
+        gpus = [gpu for agent in self._agents.values() if agent.present for gpu in agent.gpus]
+        if self._costs is None or not gpus:
+            return True
+        return sum(gpu.capacity_bytes >= self._costs.resident_bytes(model) for gpu in gpus) >= model.tp_size
 
     def _drop(self, place: Place, why: str) -> Iterator[Action]:
         """The place is no more; whoever was still with it is sent back, or told that the model is gone."""
@@ -473,6 +588,8 @@ class ControlScheduler:
             else:
                 yield _reject(routed.request, RejectCode.MODEL_NOT_FOUND, f"{place.replica.model} was removed")
         del self._places[place.replica]
+        for gpu_id in place.seat.gpu_ids:
+            self._on_gpu[gpu_id].remove(place)
         self._by_model[place.replica.model].remove(place)
         self._timed.discard(place.replica)
 
@@ -491,6 +608,7 @@ class ControlScheduler:
                 reason = "its agent was away, and it was sent to its front-end meanwhile"
                 yield self._abort(orphan.request_id, orphan.replica, orphan.epoch, reason)
         yield from self._start_absent(list(self._places.values()), now)
+        self._review_soon(now)
 
     def _agent_lost(self, event: AgentLost, now: float) -> Iterator[Action]:
         agent = self._agents.get(event.agent)
@@ -517,6 +635,65 @@ class ControlScheduler:
     def _agent_in_life(self, epoch: Epoch) -> str | None:
         """The agent that is here and minted the epoch in its present life."""
         return next((a.name for a in self._agents.values() if a.present and a.start == epoch.agent_start), None)
+
+    # Policies.
+
+    def _policy_chosen(self, policy: str, now: float) -> Iterator[Action]:
+        """Another policy goes on from what stands. Only `static` knows where the file put things, and goes back to it."""
+        self._policy = policy_named(policy)
+        self._review_s = now
+        return iter(())
+
+    def _review_soon(self, now: float) -> None:
+        if not self._policy.on_demand:
+            return
+        soon = now if self._reviewed_s is None else max(now, self._reviewed_s + SOON_S)
+        self._review_s = soon if self._review_s is None else min(self._review_s, soon)
+
+    def _review(self, now: float) -> list[Action]:
+        """Asks the policy, and makes what it wants what is wanted."""
+        self._reviewed_s, self._review_s = now, None
+        if self._costs is None:
+            if self._policy.on_demand:
+                raise ConfigError.single("policy", f"{self._policy.name} needs a cost table")
+            decision = Decision(placement=self._filed, again_s=math.inf)
+        else:
+            question = Question(
+                snapshot=self.snapshot(now), filed=self._filed, wanted=self._wanted, costs=self._costs, warm=self._warm
+            )
+            decision = self._policy.decide(question)
+        if math.isfinite(decision.again_s):
+            self._review_s = now + max(SOON_S, decision.again_s)
+        return list(self._want(decision, now))
+
+    def _want(self, decision: Decision, now: float) -> Iterator[Action]:
+        change = decision.placement.diff(self._wanted)
+        self._wanted = decision.placement
+        for seat in change.stop:
+            reason = decision.reasons.get(seat.replica, f"the {self._policy.name} policy wants it elsewhere")
+            yield from self._unwant(seat.replica, reason, now)
+        for seat in change.resize:
+            if seat.replica in self._places:
+                self._places[seat.replica].seat = seat
+        for model in dict.fromkeys(seat.replica.model for seat in change.start):
+            yield from self._settle(model, now, decision.reasons)
+        if change.stop:
+            for model in dict.fromkeys(seat.replica.model for seat in change.stop):
+                yield from self._refuse_held(model, now)
+
+    def _unwant(self, replica: ReplicaId, reason: str, now: float) -> Iterator[Action]:
+        place = self._places.get(replica)
+        if place is None or place.state is PlaceState.LEAVING:
+            return
+        if place.state is PlaceState.SERVING and place.epoch is not None:
+            yield self._deactivate(replica, place.epoch, reason)
+            place.enter(PlaceState.LEAVING, now)
+            self._note_due(place)
+        elif place.state is PlaceState.LOADING:
+            place.enter(PlaceState.LEAVING, now)  # it is taken down once it has come up and so named its life
+            self._note_due(place)
+        else:
+            yield from self._drop(place, reason)
 
     # Time.
 
@@ -552,6 +729,8 @@ class ControlScheduler:
         dues = [due for replica in self._timed if (due := self._places[replica].due_s) is not None]
         if self._held_since:
             dues.append(next(iter(self._held_since.values())).since_s + self._limits.hold_s)
+        if self._review_s is not None:
+            dues.append(self._review_s)
         soonest = min(dues, default=None)
         if soonest is None or (self._wake_s is not None and self._wake_s <= soonest):
             return None  # To be woken too early costs nothing.
@@ -566,6 +745,9 @@ class ControlScheduler:
     def _pace(self, model: str) -> Pace:
         return self._paces.setdefault(model, Pace())
 
+    def _demand(self, model: str) -> Counter:
+        return self._demands.setdefault(model, Counter())
+
     # Memory.
 
     def state(self) -> ControlState:
@@ -578,13 +760,24 @@ class ControlScheduler:
             held=tuple(self._held_since.values()),
             paces=self._paces,
             wake_s=self._wake_s,
+            filed=self._filed,
+            policy=self._policy.name,
+            costs=self._costs,
+            warm=self._warm,
+            demands=self._demands,
+            review_s=self._review_s,
+            reviewed_s=self._reviewed_s,
         )
         return _copy(state)
 
     @classmethod
     def from_state(cls, state: ControlState) -> ControlScheduler:
         state = _copy(state)
-        scheduler = cls(state.wanted, state.limits)
+        scheduler = cls(state.filed, state.limits, policy=state.policy, costs=state.costs, warm=state.warm)
+        scheduler._wanted = state.wanted
+        scheduler._demands = state.demands
+        scheduler._review_s = state.review_s
+        scheduler._reviewed_s = state.reviewed_s
         scheduler._models = {model.name: model for model in state.models}
         scheduler._agents = {agent.name: agent for agent in state.agents}
         scheduler._paces = state.paces
@@ -607,7 +800,10 @@ class ControlScheduler:
         assert sorted(held) == sorted(self._held_since), "the held requests are listed in two ways"
         for model, queue in self._held.items():
             places = self._places_of(model)
-            assert not len(queue) or any(p.promising for p in places), f"a request waits for {model}, which will not come"
+            on_demand = self._policy.on_demand and not places and model in self._models
+            assert not len(queue) or on_demand or any(p.promising for p in places), (
+                f"a request waits for {model}, which will not come"
+            )
             assert not len(queue) or all(p.state is not PlaceState.SERVING for p in places), (
                 f"{model} serves, and is waited for"
             )

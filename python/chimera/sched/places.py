@@ -62,6 +62,8 @@ class Place(msgspec.Struct, kw_only=True):
     """When something has to be done about it, whatever happens."""
     why: str = ""
     """What went wrong last, in words."""
+    purpose: str = ""
+    """Why it is wanted, in the words of the policy."""
     routed: dict[str, Routed] = {}
 
     @property

@@ -1,0 +1,222 @@
+"""A placement under construction: what stands where, what fits where, who may leave and in which order.
+
+Starts from what is wanted now; a replica that is on its way out still counts where it stands. Knows bytes and rates; does
+not know what is best. Whoever uses it need not think of pins, keep-alive, gangs or names of replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from chimera.core.model import ModelSpec
+from chimera.core.placement import Placement, Seat
+from chimera.core.replica import ReplicaId, ReplicaState
+from chimera.core.snapshot import Demand, ReplicaView
+from chimera.sched.policies.policy import CALM_S, TICK_S, Decision, Question
+
+FIRST_TOKENS = 2048
+"""Room for the cache of so many tokens is part of what a replica needs to start."""
+_NO_DEMAND = Demand(idle_s=float("inf"))
+
+
+class Board:
+    def __init__(self, question: Question) -> None:
+        snapshot = question.snapshot
+        self.costs = question.costs
+        self.now_s = snapshot.now_s
+        self.gpus = {gpu.gpu_id: gpu for gpu in snapshot.gpus}
+        self.models = {model.name: model for model in snapshot.models}
+        self.views: dict[ReplicaId, ReplicaView] = {view.replica: view for view in snapshot.replicas}
+        self._question = question
+        self._reasons: dict[ReplicaId, str] = {}
+        self._seats: dict[ReplicaId, Seat] = {}
+        self._of_model: dict[str, list[Seat]] = {}
+        self._on_gpu: dict[int, list[Seat]] = {gpu_id: [] for gpu_id in self.gpus}
+        self._taken: dict[int, int] = dict.fromkeys(self.gpus, 0)
+        for seat in question.wanted.seats:
+            if seat.replica.model in self.models and all(gpu_id in self.gpus for gpu_id in seat.gpu_ids):
+                self._put(seat)
+        for view in snapshot.replicas:
+            if view.replica not in self._seats and view.state is not ReplicaState.STOPPED:
+                self._charge(view.replica.model, view.gpu_ids, 1)
+
+    # What stands.
+
+    def demand(self, model: str) -> Demand:
+        return self._question.snapshot.demands.get(model, _NO_DEMAND)
+
+    def seats(self) -> list[Seat]:
+        return list(self._seats.values())
+
+    def seats_of(self, model: str) -> list[Seat]:
+        return self._of_model.get(model, [])
+
+    def on_gpu(self, gpu_id: int) -> list[Seat]:
+        return self._on_gpu[gpu_id]
+
+    def state(self, replica: ReplicaId) -> ReplicaState:
+        """A seat that control has not heard of yet is as good as loading."""
+        view = self.views.get(replica)
+        return ReplicaState.LOADING if view is None else view.state
+
+    def serves(self, seat: Seat) -> bool:
+        return self.state(seat.replica) is ReplicaState.SERVING
+
+    def since_s(self, replica: ReplicaId) -> float:
+        """How long the replica has been as it is."""
+        view = self.views.get(replica)
+        return 0.0 if view is None else self.now_s - view.since_s
+
+    def seatless(self) -> list[ModelSpec]:
+        """Models without a seat that somebody waits for or that are to be warm from the start, the most urgent first."""
+        found = [model for name, model in self.models.items() if not self.seats_of(name)]
+        wanted = [m for m in found if self.demand(m.name).waiting or m.preload]
+        return sorted(wanted, key=lambda m: (-m.priority, -self.demand(m.name).waiting, m.name))
+
+    # Room.
+
+    def free_bytes(self, gpu_id: int) -> int:
+        """What no replica's weights or engine hold: room for caches, or for one more replica."""
+        return self.gpus[gpu_id].capacity_bytes - self._taken[gpu_id]
+
+    def needs_bytes(self, model: ModelSpec) -> int:
+        first = model.kv_bytes(min(FIRST_TOKENS, model.context_length))
+        return self.costs.resident_bytes(model) + max(first, self.costs.stripe_bytes)
+
+    def gangs(self, model: ModelSpec) -> Iterator[tuple[int, ...]]:
+        """The sets of GPUs that may hold a replica: each GPU alone, or aligned neighbours of one node."""
+        size = model.tp_size
+        by_node: dict[str, list[int]] = {}
+        for gpu in self.gpus.values():
+            by_node.setdefault(gpu.node, []).append(gpu.gpu_id)
+        for gpu_ids in by_node.values():
+            gpu_ids.sort()
+            for start in range(0, len(gpu_ids) - size + 1, size):
+                yield tuple(gpu_ids[start : start + size])
+
+    def fits(self, model: ModelSpec, gpu_ids: Iterable[int], *, spare_bytes: float = 0) -> bool:
+        needed = self.needs_bytes(model) + spare_bytes
+        return all(self.free_bytes(gpu_id) >= needed for gpu_id in gpu_ids)
+
+    def stands_on(self, model: str, gpu_ids: tuple[int, ...]) -> bool:
+        return any(set(seat.gpu_ids) & set(gpu_ids) for seat in self.seats_of(model))
+
+    def roomiest(self, model: ModelSpec, *, spare_bytes: float = 0) -> tuple[int, ...] | None:
+        """Where the most is free, if the model fits there."""
+        open_gangs = [gang for gang in self.gangs(model) if not self.stands_on(model.name, gang)]
+        fitting = [gang for gang in open_gangs if self.fits(model, gang, spare_bytes=spare_bytes)]
+        return max(fitting, key=lambda gang: (min(self.free_bytes(g) for g in gang), [-g for g in gang]), default=None)
+
+    def loading(self, gpu_id: int) -> int:
+        return sum(self.state(seat.replica) is ReplicaState.LOADING for seat in self.on_gpu(gpu_id))
+
+    # Who may leave.
+
+    def may_leave(self, seat: Seat) -> bool:
+        """Nobody uses it, and nobody has asked to keep it."""
+        model = self.models[seat.replica.model]
+        demand = self.demand(model.name)
+        view = self.views.get(seat.replica)
+        if model.pin or view is None or view.running or view.queued:
+            return False
+        if len(self.seats_of(model.name)) > 1:
+            return True  # Another copy of it stays.
+        return demand.waiting == 0 and demand.open == 0 and demand.idle_s >= (model.keep_alive_s or 0.0)
+
+    def leaving_order(self, seat: Seat) -> tuple[float, ...]:
+        """Who leaves first is least: low priority, another copy elsewhere, then by the operator's order."""
+        model = self.models[seat.replica.model]
+        demand = self.demand(model.name)
+        by = -demand.idle_s if self._question.warm.order == "lru" else demand.requests_per_s_minute
+        return (model.priority, float(len(self.seats_of(model.name)) == 1), by)
+
+    def make_room(self, model: ModelSpec, *, idle_s: float = 0.0) -> tuple[int, ...] | None:
+        """Asks idle replicas to leave until the model fits somewhere, where that sends the fewest bytes away."""
+        best: tuple[int, tuple[int, ...], list[Seat]] | None = None
+        for gang in self.gangs(model):
+            if self.stands_on(model.name, gang):
+                continue
+            leaving = self._leaving_for(model, gang, idle_s)
+            if leaving is not None:
+                size = sum(self.models[seat.replica.model].weight_bytes for seat in leaving)
+                if best is None or size < best[0]:
+                    best = (size, gang, leaving)
+        if best is None:
+            return None
+        for seat in best[2]:
+            self.remove(seat, f"it has been idle, and {model.name} needs the room")
+        return best[1]
+
+    def _leaving_for(self, model: ModelSpec, gang: tuple[int, ...], idle_s: float) -> list[Seat] | None:
+        short = {gpu_id: self.needs_bytes(model) - self.free_bytes(gpu_id) for gpu_id in gang}
+        present = {seat.replica: seat for gpu_id in gang for seat in self.on_gpu(gpu_id)}
+        leaving: list[Seat] = []
+        for seat in sorted(present.values(), key=self.leaving_order):
+            if all(nbytes <= 0 for nbytes in short.values()):
+                break
+            if self.may_leave(seat) and self.demand(seat.replica.model).idle_s >= idle_s:
+                leaving.append(seat)
+                for gpu_id in seat.gpu_ids:
+                    if gpu_id in short:
+                        short[gpu_id] -= self.costs.resident_bytes(self.models[seat.replica.model])
+        return leaving if all(nbytes <= 0 for nbytes in short.values()) else None
+
+    # Changing it.
+
+    def add(self, model: ModelSpec, gpu_ids: tuple[int, ...], reason: str) -> Seat:
+        """One more replica, under the lowest name that nothing of the model bears."""
+        borne = {replica.index for replica in (*self.views, *self._seats) if replica.model == model.name}
+        index = next(i for i in range(len(borne) + 1) if i not in borne)
+        seat = Seat(replica=ReplicaId(model.name, index), gpu_ids=gpu_ids)
+        self._put(seat)
+        self._reasons[seat.replica] = reason
+        return seat
+
+    def remove(self, seat: Seat, reason: str) -> None:
+        """It is no longer wanted; what it holds counts until it has left, unless it never started."""
+        del self._seats[seat.replica]
+        self._of_model[seat.replica.model].remove(seat)
+        for gpu_id in seat.gpu_ids:
+            self._on_gpu[gpu_id].remove(seat)
+        self._charge(seat.replica.model, seat.gpu_ids, -1)
+        self._reasons[seat.replica] = reason
+
+    def keep_house(self) -> None:
+        """What the operator asked of warm models, whoever decides: keep-alive, most models, most bytes."""
+        warm = self._question.warm
+        for seat in self.seats():
+            keep_s = self.models[seat.replica.model].keep_alive_s
+            if keep_s is None or not self.serves(seat) or not self.may_leave(seat):
+                continue
+            if min(self.demand(seat.replica.model).idle_s, self.since_s(seat.replica)) >= keep_s:
+                self.remove(seat, f"idle beyond its keep-alive of {keep_s:g} s")
+        leavers = sorted((seat for seat in self.seats() if self.may_leave(seat)), key=self.leaving_order)
+        for seat in leavers:
+            models = {other.replica.model for other in self.seats()}
+            total = sum(self.costs.resident_bytes(self.models[s.replica.model]) * len(s.gpu_ids) for s in self.seats())
+            many = warm.most_models is not None and len(models) > warm.most_models
+            big = warm.most_bytes is not None and total > warm.most_bytes
+            if not (many or big):
+                break
+            self.remove(seat, f"first to leave by {warm.order}: {len(models)} models are warm with {total} bytes")
+
+    def decision(self, again_s: float | None = None) -> Decision:
+        if again_s is None:
+            stirring = any(d.open or d.waiting for d in self._question.snapshot.demands.values())
+            again_s = TICK_S if stirring else CALM_S
+        return Decision(placement=Placement(tuple(self._seats.values())), reasons=self._reasons, again_s=again_s)
+
+    def _put(self, seat: Seat) -> None:
+        self._seats[seat.replica] = seat
+        self._of_model.setdefault(seat.replica.model, []).append(seat)
+        for gpu_id in seat.gpu_ids:
+            self._on_gpu[gpu_id].append(seat)
+        self._charge(seat.replica.model, seat.gpu_ids, 1)
+
+    def _charge(self, model: str, gpu_ids: Iterable[int], sign: int) -> None:
+        spec = self.models.get(model)
+        if spec is None:
+            return
+        for gpu_id in gpu_ids:
+            if gpu_id in self._taken:
+                self._taken[gpu_id] += sign * self.costs.resident_bytes(spec)

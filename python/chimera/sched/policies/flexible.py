@@ -1,0 +1,259 @@
+"""`flexible`: ours, and the default. The placement that promises the most requests that keep their SLO, at a price worth paying.
+
+For each GPU the forecast says what would be kept; a change is made when it promises more by a margin that covers its price
+and the doubt about the rates (hysteresis), and only so many at a time. A model under pressure gets another replica where that
+helps most, or takes the room of one that is worth less; a replica leaves when the GPU promises more without it. A move is both,
+in that order, so somebody always serves. Models that nobody asks for stay warm while they are in nobody's way.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from chimera.core.model import ModelSpec
+from chimera.core.placement import Seat
+from chimera.sched.policies.board import Board
+from chimera.sched.policies.forecast import Forecast, Load, forecast, load_of
+from chimera.sched.policies.policy import CALM_S, TICK_S, Decision, Question
+
+
+class Flexible(msgspec.Struct, frozen=True):
+    name: str = "flexible"
+    on_demand: bool = True
+    pressed: float = 0.99
+    """A model predicted to attain less is under pressure."""
+    margin: float = 0.02
+    """A change has to promise so much more of the rates it touches."""
+    least_gain_per_s: float = 0.02
+    settle_s: float = 5.0
+    """A replica stays at least this long, whatever the forecast."""
+    idle_s: float = 1.0
+    """An idle model leaves for one that is waited for after this long."""
+    spare: float = 0.2
+    """The part of a GPU left to caches before a model is brought in that nobody waits for."""
+    changes: int = 2
+    """The most replicas brought in by one decision beside those that are waited for."""
+    looked_at: int = 3
+    """The models under the most pressure are looked at."""
+
+    def decide(self, question: Question) -> Decision:
+        board = Board(question)
+        plan = _Plan(board)
+        for model in board.seatless():
+            self._bring_in(plan, model)
+        self._warm_up(plan)
+        stirring = any(d.open or d.waiting for d in question.snapshot.demands.values())
+        if stirring:
+            for _ in range(self.changes):
+                if not self._relieve(plan):
+                    break
+            self._withdraw(plan)
+        board.keep_house()
+        return board.decision(TICK_S if stirring and plan.pressed(self.pressed) else 4 * TICK_S if stirring else CALM_S)
+
+    def _bring_in(self, plan: _Plan, model: ModelSpec) -> None:
+        """Somebody waits: where it fits and harms least, else where idle models can leave."""
+        board = plan.board
+        fitting = [gang for gang in board.gangs(model) if board.fits(model, gang)]
+        gang = max(fitting, key=lambda gang: plan.gain(model, gang), default=None)
+        gang = gang or board.make_room(model, idle_s=self.idle_s) or board.make_room(model)
+        if gang is not None:
+            waiting = board.demand(model.name).waiting
+            plan.add(model, gang, f"{waiting} requests wait; GPUs {list(gang)} promise the most for it")
+
+    def _warm_up(self, plan: _Plan) -> None:
+        """While there is room, every model stands somewhere: the first request then finds it there."""
+        board = plan.board
+        absent = [m for m in board.models.values() if not board.seats_of(m.name) and m.keep_alive_s is None]
+        for model in sorted(absent, key=lambda m: (-board.demand(m.name).requests_per_s_minute, -m.weight_bytes, m.name)):
+            spare_bytes = self.spare * min((gpu.capacity_bytes for gpu in board.gpus.values()), default=0)
+            gang = board.roomiest(model, spare_bytes=spare_bytes)
+            if gang is not None:
+                plan.add(model, gang, f"GPUs {list(gang)} have room to keep it warm")
+
+    def _relieve(self, plan: _Plan) -> bool:
+        """The one more replica that promises the most, if it is worth it."""
+        board = plan.board
+        best: tuple[float, ModelSpec, tuple[int, ...]] | None = None
+        for model in plan.pressed(self.pressed)[: self.looked_at]:
+            for gang in board.gangs(model):
+                if board.stands_on(model.name, gang) or any(board.loading(g) > 1 for g in gang):
+                    continue
+                if not plan.has_room(model, gang, self.settle_s):
+                    continue
+                gain = plan.gain(model, gang)
+                if gain >= self._price(plan, model, gang) and (best is None or gain > best[0]):
+                    best = (gain, model, gang)
+        if best is None:
+            return False
+        gain, model, gang = best
+        plan.clear(model, gang, self.settle_s)
+        plan.add(model, gang, f"with a replica on GPUs {list(gang)}, {gain:.2f} more requests a second keep their SLO")
+        return True
+
+    def _price(self, plan: _Plan, model: ModelSpec, gang: tuple[int, ...]) -> float:
+        """What a change has to promise: a part of what it touches, more the longer it takes to come about."""
+        touched = plan.rate(model.name) + sum(plan.rate(seat.replica.model) for g in gang for seat in plan.board.on_gpu(g))
+        seconds = plan.board.costs.of(model).activation_s
+        return max(self.least_gain_per_s, self.margin * touched * min(1.0, seconds / self.settle_s + 0.5))
+
+    def _withdraw(self, plan: _Plan) -> None:
+        """The replica whose leaving promises the most; its model has another that serves."""
+        board = plan.board
+        best: tuple[float, Seat] | None = None
+        for seat in board.seats():
+            others = [s for s in board.seats_of(seat.replica.model) if s is not seat and board.serves(s)]
+            model = board.models[seat.replica.model]
+            if not others or model.pin or not board.serves(seat) or board.since_s(seat.replica) < self.settle_s:
+                continue
+            if all(plan.forecast_of(g).busy == 0 or len(board.on_gpu(g)) == 1 for g in seat.gpu_ids):
+                continue
+            gain = plan.gain_without(seat)
+            if gain >= self._price(plan, model, seat.gpu_ids) and (best is None or gain > best[0]):
+                best = (gain, seat)
+        if best is not None:
+            gain, seat = best
+            plan.remove(seat, f"without it on GPUs {list(seat.gpu_ids)}, {gain:.2f} more requests a second keep their SLO")
+
+
+class _Plan:
+    """A board with the forecast of each of its GPUs, reckoned when it is asked for."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+        self._forecasts: dict[int, Forecast] = {}
+        self._rates: dict[str, float] = {}
+        self._loads: dict[str, Load] = {}
+
+    def rate(self, model: str) -> float:
+        """What is to be expected of the model: a burst counts at once and is forgotten slowly."""
+        rate = self._rates.get(model)
+        if rate is None:
+            demand = self.board.demand(model)
+            rate = max(demand.requests_per_s, demand.requests_per_s_minute)
+            self._rates[model] = rate
+        return rate
+
+    def _load(self, model: str) -> Load:
+        load = self._loads.get(model)
+        if load is None:
+            load = load_of(self.board.models[model], self.board.demand(model), self.board.costs, self.rate(model))
+            self._loads[model] = load
+        return load
+
+    def forecast_of(self, gpu_id: int) -> Forecast:
+        known = self._forecasts.get(gpu_id)
+        if known is None:
+            known = self._reckon(gpu_id)
+            self._forecasts[gpu_id] = known
+        return known
+
+    def _reckon(
+        self, gpu_id: int, *, model: str | None = None, replicas: int = 0, present: bool = True, freed_bytes: int = 0
+    ) -> Forecast:
+        """The GPU's forecast, or what it would be if `model` had so many replicas and stood here, or did not."""
+        loads: list[Load] = []
+        free_bytes = self.board.free_bytes(gpu_id) + freed_bytes
+        here = False
+        for seat in self.board.on_gpu(gpu_id):
+            name = seat.replica.model
+            if name == model:
+                here = True
+                continue
+            loads.append(self._share(name, len(self.board.seats_of(name))))
+        if model is not None:
+            resident = self.board.costs.resident_bytes(self.board.models[model])
+            if present:
+                loads.append(self._share(model, replicas))
+            free_bytes += resident * (int(here) - int(present))
+        return forecast(loads, free_bytes, self.board.costs.neighbour_slowdown)
+
+    def _share(self, model: str, replicas: int) -> Load:
+        load = self._load(model)
+        return load if replicas <= 1 else load.with_rate(load.rate_per_s / replicas)
+
+    def pressed(self, threshold: float) -> list[ModelSpec]:
+        """Models predicted to miss promises, those that miss most first."""
+        found: list[tuple[float, str]] = []
+        for name in self.board.models:
+            seats = self.board.seats_of(name)
+            rate = self.rate(name)
+            if seats and rate > 0:
+                kept = sum(min(self.forecast_of(g).attainment[name] for g in seat.gpu_ids) for seat in seats) / len(seats)
+                if kept < threshold:
+                    found.append((-rate * (1 - kept), name))
+        return [self.board.models[name] for _, name in sorted(found)]
+
+    def gain(self, model: ModelSpec, gang: tuple[int, ...]) -> float:
+        """How many more requests a second would keep their SLO with one more replica there."""
+        seats = self.board.seats_of(model.name)
+        replicas = len(seats) + 1
+        gained = 0.0
+        for gpu_id in gang:
+            freed = sum(self._freeable(gpu_id, model)) if not self.board.fits(model, (gpu_id,)) else 0
+            with_it = self._reckon(gpu_id, model=model.name, replicas=replicas, freed_bytes=freed)
+            gained += (with_it.attained_per_s - self.forecast_of(gpu_id).attained_per_s) / model.tp_size
+        for seat in seats:
+            for gpu_id in seat.gpu_ids:
+                relieved = self._reckon(gpu_id, model=model.name, replicas=replicas)
+                gained += (relieved.attained_per_s - self.forecast_of(gpu_id).attained_per_s) / model.tp_size
+        return gained
+
+    def gain_without(self, seat: Seat) -> float:
+        model = self.board.models[seat.replica.model]
+        others = [other for other in self.board.seats_of(model.name) if other is not seat]
+        gained = 0.0
+        for gpu_id in seat.gpu_ids:
+            without = self._reckon(gpu_id, model=model.name, present=False)
+            gained += (without.attained_per_s - self.forecast_of(gpu_id).attained_per_s) / model.tp_size
+        for other in others:
+            for gpu_id in other.gpu_ids:
+                burdened = self._reckon(gpu_id, model=model.name, replicas=len(others))
+                gained += (burdened.attained_per_s - self.forecast_of(gpu_id).attained_per_s) / model.tp_size
+        return gained
+
+    def _freeable(self, gpu_id: int, model: ModelSpec) -> list[int]:
+        costs = self.board.costs
+        spare = [seat for seat in self.board.on_gpu(gpu_id) if self._worthless(seat)]
+        return [costs.resident_bytes(self.board.models[seat.replica.model]) for seat in spare]
+
+    def _worthless(self, seat: Seat, settle_s: float = 0.0) -> bool:
+        """Nobody uses it now, and either another copy stays or nobody has asked for it for a minute."""
+        board = self.board
+        model = seat.replica.model
+        if not board.serves(seat) or not board.may_leave(seat) or board.since_s(seat.replica) < settle_s:
+            return False
+        return len(board.seats_of(model)) > 1 or board.demand(model).idle_s > 60.0
+
+    def has_room(self, model: ModelSpec, gang: tuple[int, ...], settle_s: float) -> bool:
+        needed = self.board.needs_bytes(model)
+        return all(self.board.free_bytes(g) + self._spare_bytes(g, settle_s) >= needed for g in gang)
+
+    def _spare_bytes(self, gpu_id: int, settle_s: float) -> int:
+        costs = self.board.costs
+        spare = (seat for seat in self.board.on_gpu(gpu_id) if self._worthless(seat, settle_s))
+        return sum(costs.resident_bytes(self.board.models[seat.replica.model]) for seat in spare)
+
+    def clear(self, model: ModelSpec, gang: tuple[int, ...], settle_s: float) -> None:
+        """Sends away what is worth least until the model fits."""
+        for gpu_id in gang:
+            for seat in sorted(self.board.on_gpu(gpu_id), key=self.board.leaving_order):
+                if self.board.fits(model, (gpu_id,)):
+                    break
+                if self._worthless(seat, settle_s):
+                    self.remove(seat, f"nobody uses it, and {model.name} needs the room")
+
+    def add(self, model: ModelSpec, gang: tuple[int, ...], reason: str) -> None:
+        self.board.add(model, gang, reason)
+        self._forget(model.name)
+
+    def remove(self, seat: Seat, reason: str) -> None:
+        self.board.remove(seat, reason)
+        self._forget(seat.replica.model)
+        for gpu_id in seat.gpu_ids:
+            self._forecasts.pop(gpu_id, None)
+
+    def _forget(self, model: str) -> None:
+        for seat in self.board.seats_of(model):
+            for gpu_id in seat.gpu_ids:
+                self._forecasts.pop(gpu_id, None)

@@ -1,0 +1,92 @@
+"""A trace as a value: rows in order of time, and other traces made from it. Random only by the seed that it is given."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from chimera.errors import ConfigError
+
+SPREAD_S = 5.0
+"""How far from its original a copy of a request may be sent, to either side."""
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One request: when, to whom, how long the question and the answer."""
+
+    at_s: float
+    model: str
+    prompt_tokens: int
+    output_tokens: int
+
+
+class Trace(msgspec.Struct, frozen=True):
+    source: str
+    rows: tuple[Row, ...]
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """By name, which is the order of the shipped files."""
+        return tuple(sorted({row.model for row in self.rows}))
+
+    @property
+    def span_s(self) -> float:
+        return self.rows[-1].at_s - self.rows[0].at_s if self.rows else 0.0
+
+    def cut(self, from_s: float = 0.0, to_s: float = math.inf) -> Trace:
+        """The rows of `from_s` ≤ time < `to_s`, told from zero."""
+        kept = (row for row in self.rows if from_s <= row.at_s < to_s)
+        return Trace(self.source, tuple(msgspec.structs.replace(row, at_s=row.at_s - from_s) for row in kept))
+
+    def time_scaled(self, scale: float) -> Trace:
+        _require_positive(self.source, "time scale", scale)
+        return Trace(self.source, tuple(msgspec.structs.replace(row, at_s=row.at_s * scale) for row in self.rows))
+
+    def rate_scaled(self, scale: float, seed: int) -> Trace:
+        """Each request `scale` times on average; see docs/metrics.md. 1 gives the very same rows."""
+        _require_positive(self.source, "rate scale", scale)
+        if scale == 1:
+            return self
+        draw = random.Random(f"{seed}:{scale}")
+        last_s = self.rows[-1].at_s if self.rows else 0.0
+        rows = []
+        for row in self.rows:
+            copies = math.floor(scale) + (draw.random() < scale - math.floor(scale))
+            for copy in range(copies):
+                shift_s = draw.uniform(-SPREAD_S, SPREAD_S) if copy else 0.0
+                rows.append(msgspec.structs.replace(row, at_s=min(last_s, max(0.0, row.at_s + shift_s))))
+        rows.sort(key=lambda row: row.at_s)
+        return Trace(self.source, tuple(rows))
+
+    def renamed(self, names: Mapping[str, str]) -> Trace:
+        return Trace(self.source, tuple(msgspec.structs.replace(row, model=names[row.model]) for row in self.rows))
+
+
+def names_for(trace: Trace, ours: Sequence[str], wanted: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Which of our models stands for each model of the trace.
+
+    What `wanted` says comes first; then equal names; the rest go by order, and begin again when the trace has more.
+    """
+    wanted = dict(wanted or {})
+    if not ours:
+        raise ConfigError.single(trace.source, "there is no model to replay it on")
+    theirs = trace.models
+    for name, model in wanted.items():
+        if name not in theirs:
+            raise ConfigError.single(trace.source, f"has no model {name!r}; it has {', '.join(theirs)}")
+        if model not in ours:
+            raise ConfigError.single(trace.source, f"{name!r} is mapped to {model!r}, which is not among {', '.join(ours)}")
+    names = {name: wanted.get(name) or name for name in theirs if name in wanted or name in ours}
+    taken = set(names.values())
+    free = [model for model in ours if model not in taken] or list(ours)
+    for number, name in enumerate(name for name in theirs if name not in names):
+        names[name] = free[number % len(free)]
+    return {name: names[name] for name in theirs}
+
+
+def _require_positive(source: str, what: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ConfigError.single(source, f"the {what} is {value:g}; it has to be above zero")
