@@ -124,6 +124,18 @@ def test_a_stripe_called_back_while_it_waits_for_its_fence_stays() -> None:
     assert (pool.staying_stripes, pool.slots.available) == (3, 3 * pool.layout.slots_per_stripe - 1)
 
 
+def test_one_of_two_that_wait_for_their_fence_may_be_called_back() -> None:
+    passed = False
+    pool = pool_of(4, fence=lambda: lambda: passed)
+    pool.grow(3)
+    (first, second) = pool.shrink(2)
+    pool.tick()
+    assert pool.grow(1) == 1
+    passed = True
+    assert pool.tick() == 1
+    assert len({first, second} & {view.stripe for view in pool.census() if view.state is StripeState.MAPPED}) == 1
+
+
 def test_an_empty_stripe_is_unmapped_only_after_the_last_launched_step() -> None:
     launched, finished = 3, 2
     driver = FakeDriver(GRANULE)

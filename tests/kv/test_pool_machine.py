@@ -29,8 +29,9 @@ class PoolMachine(RuleBasedStateMachine):
         block=st.sampled_from([1, 16]),
         lease=st.integers(1, STRIPES + 2),
         marks=st.sampled_from([(0, 0), (1, 2)]),
+        first=st.integers(1, STRIPES),
     )
-    def open(self, block: int, lease: int, marks: tuple[int, int]) -> None:
+    def open(self, block: int, lease: int, marks: tuple[int, int], first: int) -> None:
         self.driver = FakeDriver(GRANULE)
         layout = layout_of(STRIPES, block_slots=block)
         low, high = marks
@@ -41,6 +42,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.step_launched = self.step_ended = 0
         self.rows: list[list[int]] = []
         self.secrets = 0
+        self.grow(first)
 
     def fence(self) -> Passed:
         launched = self.step_launched
@@ -90,6 +92,7 @@ class PoolMachine(RuleBasedStateMachine):
     @rule()
     def end_a_step(self) -> None:
         self.step_ended = self.step_launched
+        self.pool.tick()
 
     @rule()
     def tick(self) -> None:
@@ -97,7 +100,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     # What an engine does.
 
-    @rule(blocks=st.integers(1, 40))
+    @rule(blocks=st.integers(1, 8) | st.integers(1, 40))
     def alloc(self, blocks: int) -> None:
         self.take(self.pool.slots.alloc(blocks * self.block), blocks * self.block)
 
@@ -134,6 +137,7 @@ class PoolMachine(RuleBasedStateMachine):
     def order(self) -> None:
         self.pool.slots.order()
 
+    @precondition(lambda self: len(self.rows) > 4)
     @rule()
     def flush(self) -> None:
         self.pool.slots.clear()
@@ -199,7 +203,7 @@ class PoolMachine(RuleBasedStateMachine):
             assert self.driver._contents == {}
 
 
-QUICK = settings(max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def test_the_promises_hold_whatever_the_order() -> None:
