@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from chimera.core.model import ModelSpec
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
 from chimera.core.snapshot import Snapshot
@@ -146,6 +147,22 @@ class Fork(Stream, frozen=True, kw_only=True):
 class Forked(Stream, frozen=True, kw_only=True):
     worker: str
     pid: int
+
+
+class Prepare(Stream, frozen=True, kw_only=True):
+    """Asks an EMPTY worker to do beforehand what makes later activations of the model fast; it stays EMPTY."""
+
+    model: ModelSpec
+    gpu_ids: tuple[int, ...] = (0,)
+
+
+class Prepared(Stream, frozen=True, kw_only=True):
+    model: str
+    host_bytes: int = 0
+    """What is kept in the host's memory for it."""
+    took_s: float = 0.0
+    fault: str = ""
+    """Why it cannot be; an activation would fail as well."""
 
 
 class SnapshotWanted(Stream, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,15 @@ def stamps(folder: Path) -> tuple[FileStamp, ...]:
     return tuple(sorted(found))
 
 
-def require_sound(folder: Path) -> None:
-    """WeightsError names the first safetensors file that is cut short or contradicts itself, or the tensor that is missing."""
-    files = sorted(folder.glob("*.safetensors"))
-    tensors = {path.name: set(_tensor_names(path)) for path in files}
-    index = folder / "model.safetensors.index.json"
+def require_sound(folder: Path) -> int:
+    """How many elements the checkpoint's tensors have. WeightsError names the first safetensors file that is cut short or
+    contradicts itself, or the tensor that is missing."""
+    tensors = {path.name: dict(_tensors(path)) for path in sorted(folder.glob("*.safetensors"))}
+    _require_indexed(folder / "model.safetensors.index.json", tensors)
+    return sum(sum(file.values()) for file in tensors.values())
+
+
+def _require_indexed(index: Path, tensors: Mapping[str, Mapping[str, int]]) -> None:
     if not index.is_file():
         return
     try:
@@ -67,8 +71,8 @@ def require_sound(folder: Path) -> None:
             raise WeightsError(f"{index}: {tensor} should be in {file}, which does not have it")
 
 
-def _tensor_names(path: Path) -> Iterator[str]:
-    """The names in one file, each seen to have its bytes."""
+def _tensors(path: Path) -> Iterator[tuple[str, int]]:
+    """The names in one file with their elements, each seen to have its bytes."""
     file_bytes = path.stat().st_size
     header, at = _header(path, file_bytes)
     end = 0
@@ -79,7 +83,7 @@ def _tensor_names(path: Path) -> Iterator[str]:
         begin, stop = _span(path, name, said)
         spans.append((begin, stop, name))
         end = max(end, stop)
-        yield name
+        yield name, prod(said["shape"])
     if at + end != file_bytes:
         held = format_bytes(file_bytes)
         raise WeightsError(f"{path}: its header speaks of {at + end} bytes and the file has {file_bytes} ({held}): cut short?")

@@ -55,6 +55,8 @@ Message = (
     | stream.Heartbeat
     | stream.Fork
     | stream.Forked
+    | stream.Prepare
+    | stream.Prepared
     | stream.SnapshotWanted
     | stream.SnapshotTaken
     | stream.Stop

@@ -22,6 +22,7 @@ from typing import NoReturn
 from chimera.engine.api import CannotServe, Engine
 from chimera.engine.preload import NAMES, preload
 from chimera.msg.stream import Fork, Forked, Stop
+from chimera.weights.store import WeightStore
 from chimera.wire.blocking import BlockingChannel
 from chimera.worker import process
 
@@ -111,12 +112,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="chimera.worker.parent", description=__doc__)
     parser.add_argument("--socket", type=Path, required=True, help="where agents ask for workers")
     parser.add_argument("--engine", choices=NAMES, default="sglang")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="share weights there, as images of the loaded models")
+    parser.add_argument("--images-bytes", type=int, metavar="N", help="how much the images may take (default: what is free)")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
     logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname).1s parent %(name)s: %(message)s")
     end_with_starter()
     try:
-        make_engine = preload(arguments.engine)
+        images = None if arguments.images is None else WeightStore(arguments.images, arguments.images_bytes)
+        make_engine = preload(arguments.engine, images)
     except CannotServe as fault:
         print(fault, file=sys.stderr)
         return 1

@@ -179,7 +179,7 @@ class SglangEngine:
         release = getattr(scheduler, "release_host_resources", None)
         if release is not None:
             release()
-        del scheduler
+        del scheduler, release  # the method holds it too
         self._forget()
 
     def _require(self) -> _Mailboxed:

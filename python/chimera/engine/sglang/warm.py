@@ -1,0 +1,237 @@
+"""SGLang with its weights from shared images: built once per host, brought in as views or by one copy, and checked.
+
+The first activation of a model builds its image: SGLang loads it by its own means, says what it answers to a canary
+prompt, and is surveyed. Every later one takes the image, and the model serves only if the canary still gets that answer.
+Knows the store and SGLang's engine; neither knows the other.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+
+from chimera.core.model import ModelSpec
+from chimera.core.shape import shape_of
+from chimera.engine.api import CannotServe, Holding, Leave, Order, Post, Stats, Submission, Vitals
+from chimera.engine.sglang.engine import SglangEngine
+from chimera.engine.sglang.images import key_of, loading_from, takes_images, witnessed
+from chimera.errors import WeightsError
+from chimera.msg.stream import Payload, Sampling, TokenDelta
+from chimera.weights.copier import Copier, copier_for
+from chimera.weights.image import Canary, Contents, Image
+from chimera.weights.source import require_sound, stamps
+from chimera.weights.store import ImageKey, WeightStore
+
+log = logging.getLogger(__name__)
+
+CANARY_TOKENS = 2
+"""One by a prefill, one by a decode step: both ways through the model, and little of the time an activation takes."""
+_CANARY_PROMPT_LENGTH = 8
+_CANARY_ROOM_TOKENS = 512
+
+
+class WarmEngine:
+    """An `Engine`. `store` may be shared with any number of other processes."""
+
+    def __init__(self, bare: SglangEngine, store: WeightStore) -> None:
+        self._bare = bare
+        self._store = store
+        self._copier: Copier = copier_for(_device_kind())
+        self._engine = f"sglang {importlib.metadata.version('sglang')}, torch {torch.__version__}"
+
+    def prepare(self, model: ModelSpec, *, gpu_ids: tuple[int, ...]) -> int:
+        """Have the model's image built, if it is not there; an image that is there is read and held against its checksums.
+
+        Returns the bytes of the image, none if the model has no use for one.
+        """
+        if not takes_images(model):
+            return 0
+        with _refusing():
+            key = self._key(model)
+            image = self._store.open(key)
+            if image is not None:
+                try:
+                    image.require_intact()
+                except WeightsError as fault:
+                    self._store.discard(image, str(fault))
+                    image = None
+            image = image or self._built(key, model, gpu_ids)
+            return image.contents.data_bytes
+
+    def activate(
+        self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None = None
+    ) -> Vitals:
+        if len(gpu_ids) > 1 or not takes_images(model):
+            return self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
+        with _refusing():
+            key = self._key(model)
+            image = self._store.open(key) or self._built(key, model, gpu_ids)
+        if image.contents.unfit:
+            return self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
+        with _refusing(), loading_from(image, self._copier):
+            vitals = self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
+        self._verify(image)
+        return vitals
+
+    def serve(self, post: Post) -> None:
+        self._bare.serve(post)
+
+    def stats(self) -> Stats:
+        return self._bare.stats()
+
+    def holding(self) -> Holding | None:
+        return self._bare.holding()
+
+    def deactivate(self) -> None:
+        self._bare.deactivate()
+
+    def _key(self, model: ModelSpec) -> ImageKey:
+        return key_of(model, engine=self._engine, device=_device_kind())
+
+    def _verify(self, image: Image) -> None:
+        canary = image.contents.canary
+        said = self._ask(canary.prompt)
+        if said != canary.tokens:
+            model = image.contents.model
+            self._bare.deactivate()
+            self._store.discard(image, "the model did not answer as it did when the image was built")
+            reason = f"{model} woke up wrong: to the canary prompt it says {said} and should say {canary.tokens}"
+            raise CannotServe(f"{reason}; its image is gone and will be built again", permanent=False)
+
+    def _built(self, key: ImageKey, model: ModelSpec, gpu_ids: tuple[int, ...]) -> Image:
+        with self._store.turn(key):
+            return self._store.open(key) or self._build(key, model, gpu_ids)
+
+    def _build(self, key: ImageKey, model: ModelSpec, gpu_ids: tuple[int, ...]) -> Image:
+        """Load as SGLang loads, ask the canary, copy, and try the copy before anybody relies on it."""
+        began_s = time.monotonic()
+        _require_whole(_folder(model))
+        room_bytes = model.kv_bytes(_CANARY_ROOM_TOKENS)
+        with witnessed() as witness:
+            vitals = self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=room_bytes)
+        try:
+            prompt = _canary_prompt(vitals)
+            canary = Canary(prompt=prompt, tokens=self._ask(prompt))
+            survey = witness.survey
+            if stamps(_folder(model)) != key.files:
+                raise WeightsError(f"the files of {model.name} changed while they were read", passing=True)
+            contents = Contents(key=key.name, model=model.name, data_bytes=0, entries=(), unfit=witness.unfit)
+            if survey is None:
+                log.warning("model=%s loads from its files each time reason=%s", model.name, witness.unfit)
+                return self._store.put(key, contents, [])
+            contents = msgspec.structs.replace(
+                contents,
+                data_bytes=survey.data_bytes,
+                entries=survey.entries,
+                plain=survey.plain,
+                absent=survey.absent,
+                canary=canary,
+                build_s=time.monotonic() - began_s,
+            )
+            image = self._store.put(key, contents, survey.pieces)
+        finally:
+            self._bare.deactivate()
+        log.info(
+            "built image=%s model=%s bytes=%d seconds=%.3f",
+            key.name,
+            model.name,
+            survey.data_bytes,
+            time.monotonic() - began_s,
+        )
+        return self._tried(key, image, model, gpu_ids)
+
+    def _tried(self, key: ImageKey, image: Image, model: ModelSpec, gpu_ids: tuple[int, ...]) -> Image:
+        """A model whose image does not bring it back right loads from its files, now and later; the log says so."""
+        try:
+            with _refusing(), loading_from(image, self._copier):
+                self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=model.kv_bytes(_CANARY_ROOM_TOKENS))
+            self._verify(image)
+        except CannotServe as fault:
+            log.warning("model=%s loads from its files each time reason=%s", model.name, fault)
+            unfit = Contents(key=key.name, model=model.name, data_bytes=0, entries=(), unfit=str(fault))
+            return self._store.put(key, unfit, [])
+        self._bare.deactivate()
+        return image
+
+    def _ask(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
+        question = _Question(prompt)
+        try:
+            self._bare.serve(question)
+        except Leave:
+            return tuple(question.said)
+        raise AssertionError("serve() ends by being left")
+
+
+class _Question:
+    """A `Post` that asks one thing, and leaves when the engine has nothing more to do."""
+
+    def __init__(self, prompt: tuple[int, ...]) -> None:
+        sampling = Sampling(max_new_tokens=CANARY_TOKENS, temperature=0.0, ignore_eos=True)
+        self._orders: list[Order] = [Submission("canary", Payload(input_ids=list(prompt), sampling=sampling))]
+        self._over = False
+        self.said: list[int] = []
+
+    def collect(self, wait_s: float | None) -> Sequence[Order]:
+        if self._over and wait_s != 0.0:
+            raise Leave
+        orders, self._orders = self._orders, []
+        return orders
+
+    def deliver(self, deltas: list[TokenDelta]) -> None:
+        for delta in deltas:
+            self.said += delta.token_ids
+            self._over |= delta.outcome is not None
+
+    def fail(self, request_id: str, code: str, message: str) -> None:
+        log.warning("the canary got no answer code=%s reason=%s", code, message)
+        self._over = True
+
+    def give_back(self, request_id: str, reason: str) -> None:
+        self.fail(request_id, "requeue", reason)
+
+
+class _refusing:
+    """What is wrong with weights is a reason why a model cannot serve."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, fault: BaseException | None, trace: object) -> None:
+        if isinstance(fault, WeightsError):
+            raise CannotServe(str(fault), permanent=not fault.passing) from fault
+
+
+def _require_whole(folder: Path) -> None:
+    """On a CPU SGLang fills up with zeros what a file is short of, heads for one, and says nothing."""
+    elements = require_sound(folder)
+    try:
+        shape = shape_of(json.loads((folder / "config.json").read_bytes()))
+    except (OSError, ValueError):
+        return  # SGLang may know more architectures, and says what is wrong with the others
+    if shape.quantization is None and elements < shape.parameters:
+        what = f"its files have {elements:,} parameters and its config.json describes {shape.parameters:,}"
+        raise WeightsError(f"{folder}: {what}")
+
+
+def _folder(model: ModelSpec) -> Path:
+    return Path(model.path)
+
+
+def _device_kind() -> str:
+    """What decides how tensors are laid out: a CPU, or the kind of GPU."""
+    if not torch.accelerator.is_available():
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability()
+    return f"cuda {major}.{minor}"
+
+
+def _canary_prompt(vitals: Vitals) -> tuple[int, ...]:
+    length = min(_CANARY_PROMPT_LENGTH, vitals.context_length - CANARY_TOKENS)
+    return tuple(3 + 17 * i for i in range(length))
