@@ -30,14 +30,14 @@ from chimera.wire.codec import Message
 PATIENCE_S = 10.0
 
 
-def model(name: str, **costs: float) -> ModelSpec:
+def model(name: str, *, kv_bytes_per_token: int = 1 << 10, **costs: float) -> ModelSpec:
     return ModelSpec(
         name=name,
         path=f"/nowhere/{name}",
         tokenizer_path=f"/nowhere/{name}",
         architecture="Simulated",
         weight_bytes=1 << 20,
-        kv_bytes_per_token=1 << 10,
+        kv_bytes_per_token=kv_bytes_per_token,
         context_length=4096,
         drain_s=5.0,
         engine="simulated",
@@ -174,11 +174,12 @@ def enqueue(request_id: str, of: str, front: str, prompt: Sequence[int], tokens:
 class System:
     """Control, one agent, and whatever front-ends a test makes; each may die and come back."""
 
-    def __init__(self, run_dir: Path, models: Sequence[ModelSpec], wanted: Placement, gpu_count: int) -> None:
+    def __init__(self, run_dir: Path, models: Sequence[ModelSpec], wanted: Placement, gpu_count: int, elastic: bool) -> None:
         self.run_dir = run_dir
         self._models = models
         self._wanted = wanted
         self._gpu_count = gpu_count
+        self._elastic = elastic
         self.news: asyncio.Queue[Message] = asyncio.Queue()
 
     async def start_control(self) -> None:
@@ -189,7 +190,13 @@ class System:
         self.watcher.deliver_to(self.news.put_nowait)
 
     async def start_agent(self) -> None:
-        self.agent = Agent(name="local", agent_start=time.time_ns(), gpus=gpus(self._gpu_count), run_dir=self.run_dir)
+        self.agent = Agent(
+            name="local",
+            agent_start=time.time_ns(),
+            gpus=gpus(self._gpu_count),
+            run_dir=self.run_dir,
+            elastic=self._elastic,
+        )
         await self.agent.start()
 
     async def until(self, kind: type[Message] | type[events.Event], count: int = 1) -> list[Message]:
@@ -211,14 +218,18 @@ class System:
 
 @asynccontextmanager
 async def system(
-    parent_socket: Path, models: Sequence[ModelSpec], wanted: Sequence[Seat] | None = None, gpu_count: int = 1
+    parent_socket: Path,
+    models: Sequence[ModelSpec],
+    wanted: Sequence[Seat] | None = None,
+    gpu_count: int = 1,
+    elastic: bool = False,
 ) -> AsyncIterator[tuple[System, Front]]:
     """Everything up, with one front-end; afterwards everything down, and nothing left."""
     with tempfile.TemporaryDirectory(prefix="chimera-test-") as folder:
         run_dir = Path(folder)
         (run_dir / "parent.sock").symlink_to(parent_socket)
         seats = tuple(on_gpu(m.name) for m in models) if wanted is None else tuple(wanted)
-        made = System(run_dir, models, Placement(seats), gpu_count)
+        made = System(run_dir, models, Placement(seats), gpu_count, elastic)
         front = Front(run_dir)
         await made.start_control()
         await made.start_agent()

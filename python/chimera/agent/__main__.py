@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument(
         "--drain-s", type=float, default=DRAIN_S, help="how long requests may take to end when it is told to stop"
     )
+    parser.add_argument("--elastic", action="store_true", help="replicas share what a GPU has beside their weights")
     parser.add_argument("--decisions", type=Path, help="write every decision to this file")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
@@ -33,7 +34,12 @@ def main() -> int:
 
     async def live(stop: asyncio.Event) -> None:
         agent = Agent(
-            name=arguments.name, agent_start=time.time_ns(), gpus=gpus, run_dir=arguments.run_dir, decisions=decisions
+            name=arguments.name,
+            agent_start=time.time_ns(),
+            gpus=gpus,
+            run_dir=arguments.run_dir,
+            elastic=arguments.elastic,
+            decisions=decisions,
         )
         await agent.start()
         await stop.wait()

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import msgspec
 
+from chimera.agent.memory import NodeMemory
 from chimera.agent.pool import Worker, WorkerPool
 from chimera.core.gpu import Gpu
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.errors import ProtocolError
 from chimera.msg import actions, events, stream
 from chimera.msg.actions import Action
+from chimera.msg.events import Event
 from chimera.sched.gpu import GpuInput
 from chimera.sched.log import Recorder
 from chimera.sched.node import NodeScheduler
@@ -53,6 +55,7 @@ class Agent:
         agent_start: int,
         gpus: tuple[Gpu, ...],
         run_dir: Path,
+        elastic: bool = False,
         decisions: Callable[[bytes], object] | None = None,
     ) -> None:
         self.name = name
@@ -62,6 +65,13 @@ class Agent:
         self._decisions = decisions
         if decisions is not None:
             decisions(self._recorder.opening())
+        self._memory: NodeMemory | None = None
+        """Empty where KV pools are of fixed size."""
+        if elastic:
+            self._memory = NodeMemory(
+                gpus, agent_start, send=self._order_pages, start=self._start_replica, fail=self._fail_replica
+            )
+        self._memory_timer: asyncio.TimerHandle | None = None
         self._held: dict[str, _Held] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._stopping = False
@@ -82,8 +92,9 @@ class Agent:
         """Let the workers finish what they have, and leave; nothing is brought up any more."""
         self._stopping = True
         await self._pool.stop(drain_s)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._memory_timer):
+            if timer is not None:
+                timer.cancel()
         await self._control.close()
 
     # What comes in.
@@ -125,8 +136,9 @@ class Agent:
                 log.info("empty worker=%s replica=%s reason=%s", worker.name, message.replica, message.reason)
                 self._pool.vacate(worker)
                 self._report(message)
+                self._hear_of_memory(message)
             case events.PagesWanted() | events.PagesReturned():
-                self._decide(message)
+                self._hear_of_memory(message)
             case stream.Heartbeat():
                 self._control.send(message)
             case _:
@@ -135,7 +147,9 @@ class Agent:
     def _worker_lost(self, worker: Worker, reason: str) -> None:
         level = logging.INFO if worker.replica is None else logging.WARNING
         log.log(level, "lost worker=%s replica=%s reason=%s", worker.name, worker.replica, reason)
-        self._report(events.WorkerLost(worker=worker.name, reason=reason, replica=worker.replica, epoch=worker.epoch))
+        lost = events.WorkerLost(worker=worker.name, reason=reason, replica=worker.replica, epoch=worker.epoch)
+        self._report(lost)
+        self._hear_of_memory(lost)
 
     # Deciding, and telling control.
 
@@ -181,15 +195,15 @@ class Agent:
         match action:
             case actions.Activate():
                 log.info("activate replica=%s gpus=%s reason=%s", action.seat.replica, action.seat.gpu_ids, action.reason)
-                self._pool.employ(action)
+                self._employ(action)
             case actions.Admit():
                 self._submit(action)
             case actions.Abort():
                 self._tell(action.replica, action.epoch, action)
+            case actions.Deactivate() if self._memory is not None and self._memory.waits((action.replica, action.epoch)):
+                self._call_off(action)
             case actions.Deactivate() | actions.Pause() | actions.Resume():
                 log.info("%s replica=%s reason=%s", type(action).__name__.lower(), action.replica, action.reason)
-                self._tell(action.replica, action.epoch, action)
-            case actions.Grant() | actions.Recall():
                 self._tell(action.replica, action.epoch, action)
             case actions.Reject() | actions.Requeue():
                 self._held.pop(action.request_id, None)
@@ -198,6 +212,23 @@ class Agent:
                 self._wake_at(at_s)
             case _:
                 raise TypeError(f"no agent can carry out a {type(action).__name__}")
+
+    def _employ(self, activation: actions.Activate) -> None:
+        if self._memory is None or len(activation.seat.gpu_ids) != 1:
+            self._pool.employ(activation)
+            return
+        worker = self._pool.promise(activation)
+        self._memory.admit(activation, worker.name, time.monotonic())
+        self._set_memory_timer()
+
+    def _call_off(self, order: actions.Deactivate) -> None:
+        """It waits for its memory still: no engine has heard of it."""
+        worker = self._pool.holder(order.replica, order.epoch)
+        if worker is not None:
+            self._pool.vacate(worker)
+        stopped = events.ReplicaStopped(replica=order.replica, epoch=order.epoch, reason=order.reason)
+        self._report(stopped)
+        self._hear_of_memory(stopped)
 
     def _submit(self, admitted: actions.Admit) -> None:
         held = self._held.get(admitted.request_id)
@@ -213,6 +244,40 @@ class Agent:
         worker = self._pool.holder(replica, epoch)
         if worker is not None:
             worker.send(message)
+
+    # Elastic memory.
+
+    def _hear_of_memory(self, event: Event) -> None:
+        if self._memory is not None:
+            self._memory.hear(event, time.monotonic())
+            self._set_memory_timer()
+
+    def _order_pages(self, order: actions.Grant | actions.Recall) -> None:
+        name = type(order).__name__.lower()
+        log.info("%s replica=%s pages=%d reason=%r", name, order.replica, order.level, order.reason)
+        self._tell(order.replica, order.epoch, order)
+
+    def _start_replica(self, activation: actions.Activate) -> None:
+        worker = self._pool.holder(activation.seat.replica, activation.epoch)
+        if worker is not None:  # else its loss is on the way to the scheduler
+            worker.activation = activation
+            worker.start()
+
+    def _fail_replica(self, failed: events.ActivationFailed) -> None:
+        worker = self._pool.holder(failed.replica, failed.epoch)
+        if worker is not None:
+            self._pool.vacate(worker)
+        log.warning("no memory replica=%s reason=%s", failed.replica, failed.reason)
+        # Not from inside the decision that asked for it.
+        asyncio.get_running_loop().call_soon(self._report, failed)
+
+    def _set_memory_timer(self) -> None:
+        assert self._memory is not None
+        if self._memory_timer is not None:
+            self._memory_timer.cancel()
+        due_s, loop = self._memory.next_wake_s, asyncio.get_running_loop()
+        delay_s = 0.0 if due_s is None else max(0.001, due_s - time.monotonic())
+        self._memory_timer = None if due_s is None else loop.call_later(delay_s, self._hear_of_memory, events.Woke())
 
     def _wake_at(self, at_s: float) -> None:
         if self._timer is not None:

@@ -35,6 +35,8 @@ class Worker:
         self.name = name
         self.activation: Activate | None = None
         """What it was told to be; `None` while it is EMPTY."""
+        self.started = False
+        """Whether it may become that yet."""
         self.channel: Channel | None = None
         """Empty until it has greeted."""
         self.vigil: Vigil | None = None
@@ -51,6 +53,12 @@ class Worker:
     @property
     def state(self) -> WorkerState:
         return WorkerState.EMPTY if self.activation is None else WorkerState.SERVING
+
+    def start(self) -> None:
+        """Become what was promised, now or when it has greeted."""
+        self.started = True
+        if self.activation is not None:
+            self.send(self.activation)
 
     def send(self, message: Message) -> None:
         if self.channel is not None:
@@ -87,11 +95,17 @@ class WorkerPool:
         self._server = await serve(self._socket, self._greet)
         self._parent.start()
 
-    def employ(self, activation: Activate) -> None:
+    def employ(self, activation: Activate) -> Worker:
         """Have a worker become `activation`: one that is EMPTY, else a new one as soon as it is there."""
+        worker = self.promise(activation)
+        worker.start()
+        return worker
+
+    def promise(self, activation: Activate) -> Worker:
+        """The worker that shall become `activation` when it is told to `start`."""
         worker = next((w for w in self._workers.values() if w.activation is None), None) or self._fork()
-        worker.activation = activation
-        worker.send(activation)
+        worker.activation, worker.started = activation, False
+        return worker
 
     def holder(self, replica: ReplicaId, epoch: Epoch | None) -> Worker | None:
         """The worker of this life of the replica."""
@@ -99,7 +113,7 @@ class WorkerPool:
 
     def vacate(self, worker: Worker) -> None:
         """Its replica has left; the process may become another."""
-        worker.activation = None
+        worker.activation, worker.started = None, False
 
     async def stop(self, drain_s: float) -> None:
         """Let every worker drain and leave; what has not left in time is killed. Nothing is left when this returns."""
@@ -171,8 +185,8 @@ class WorkerPool:
         log.info("greeted worker=%s pid=%d", worker.name, pid)
         if self._stopping:
             worker.send(Stop())
-        elif worker.activation is not None:
-            worker.send(worker.activation)
+        elif worker.started:
+            worker.start()
 
     def _watch(self, worker: Worker, pid: int) -> None:
         if worker.vigil is not None:

@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> int:
         wanted=deployment.placement,
         gpus=deployment.gpus,
         engine=arguments.engine,
+        elastic=not arguments.static,
         host=arguments.host,
         port=arguments.port,
         fronts=arguments.fronts,

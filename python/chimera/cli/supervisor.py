@@ -56,6 +56,8 @@ class Service:
     wanted: Placement
     gpus: tuple[Gpu, ...]
     engine: str = "sglang"
+    elastic: bool = True
+    """KV pools share what is free beside the weights; else each has its own, reserved."""
     host: str = "127.0.0.1"
     port: int = 8000
     fronts: int = 1
@@ -153,6 +155,8 @@ class Supervisor:
         parent = ["chimera.worker.parent", "--socket", str(self._dir / "parent.sock"), "--engine", service.engine]
         control = ["chimera.control", "--run-dir", folder, "--deployment", str(self._dir / "deployment.json")]
         agent = ["chimera.agent", "--run-dir", folder, "--name", "local", "--gpus", str(self._dir / "gpus.json")]
+        if service.elastic:
+            agent.append("--elastic")
         front = ["chimera.server", "--run-dir", folder, "--host", service.host, "--port", str(port)]
         drain = ["--drain-s", str(service.drain_s)]
         return [

@@ -74,8 +74,6 @@ class Holding(msgspec.Struct, frozen=True, kw_only=True):
     """What it has, in use or not. Above its limit while it is on its way down."""
     wanted_bytes: int
     """What its requests would need to run to their ends together."""
-    least_bytes: int
-    """Below this it never goes."""
 
 
 class Post(Protocol):

@@ -115,7 +115,6 @@ class SimulatedEngine:
         return Holding(
             held_bytes=self._reserved_tokens * self._token_bytes,
             wanted_bytes=(self._reserved_tokens + waiting) * self._token_bytes,
-            least_bytes=0,
         )
 
     def deactivate(self) -> None:

@@ -154,7 +154,6 @@ class ElasticKv:
         return Holding(
             held_bytes=self._budget.held_bytes,
             wanted_bytes=min(max(1, stripes), pool.layout.stripes) * pool.stripe_bytes,
-            least_bytes=pool.stripe_bytes,
         )
 
     def close(self) -> None:

@@ -1,0 +1,196 @@
+"""Elastic memory on one GPU: what replicas want, what they are granted, and that it is never more than there is."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from chimera.agent.memory import NodeMemory
+from chimera.core.gpu import Gpu
+from chimera.core.model import ModelSpec
+from chimera.core.placement import Seat
+from chimera.core.replica import Epoch, ReplicaId
+from chimera.ledger.book import Order
+from chimera.ledger.holder import Holder
+from chimera.msg import actions, events
+from chimera.msg.events import Outcome
+from chimera.units import GIB, MIB
+
+from tests.agent.rig import model, parent, system
+
+PAGE = 2 * MIB
+
+
+class World:
+    """Replicas that keep to their leases, and the memory they share; time stands unless it is moved."""
+
+    def __init__(self, capacity_bytes: int = 2 * GIB) -> None:
+        self.now = 100.0
+        self.gpu = Gpu(gpu_id=0, capacity_bytes=capacity_bytes, page_bytes=PAGE, virtual=True)
+        self.memory = NodeMemory([self.gpu], 7, send=self._deliver, start=self._begin, fail=self._failed)
+        self.holders: dict[str, Holder] = {}
+        self.unread: list[Order] = []
+        self.failed: list[events.ActivationFailed] = []
+        self._count = 0
+
+    def bring_up(self, name: str, *, weight_bytes: int = 64 * MIB, ceiling_bytes: int | None = None) -> None:
+        self._count += 1
+        spec = ModelSpec(
+            name=name,
+            path="",
+            tokenizer_path="",
+            architecture="",
+            weight_bytes=weight_bytes,
+            kv_bytes_per_token=MIB,
+            context_length=4096,
+        )
+        seat = Seat(replica=ReplicaId(name), gpu_ids=(0,), kv_limit_bytes=ceiling_bytes)
+        order = actions.Activate(model=spec, seat=seat, epoch=Epoch(7, self._count), reason="")
+        self.memory.admit(order, f"w-{name}", self.now)
+
+    def want(self, name: str, level: int) -> None:
+        self.now += 1.0
+        self.memory.hear(self.holders[name].want(level), self.now)
+        self.memory.hear(events.Woke(), self.now + 0.1)
+
+    def settle(self) -> None:
+        """Every replica reads its orders, and says so."""
+        while self.unread:
+            order = self.unread.pop(0)
+            self._within_capacity()
+            self.memory.hear(self.holders[order.replica.model].obey(order), self.now)
+        self._within_capacity()
+
+    def levels(self) -> dict[str, int]:
+        return {name: holder.terms.level for name, holder in self.holders.items()}
+
+    def _within_capacity(self) -> None:
+        self.memory.ledger[0].check()
+
+    def _deliver(self, order: Order) -> None:
+        self.unread.append(order)
+
+    def _begin(self, activation: actions.Activate) -> None:
+        assert activation.lease is not None and activation.epoch is not None
+        replica = activation.seat.replica
+        holder = Holder(replica, activation.epoch, worker=f"w-{replica.model}", gpu_id=0)
+        holder.terms = holder.terms.told(activation.lease.revision, activation.lease.level)
+        self.holders[replica.model] = holder
+        holder.take(activation.lease.level)
+
+    def _failed(self, failed: events.ActivationFailed) -> None:
+        self.failed.append(failed)
+
+
+def test_the_first_replica_has_all_that_its_weights_leave() -> None:
+    world = World()
+    world.bring_up("a")
+    assert world.levels() == {"a": 1024 - 32}
+
+
+def test_the_second_comes_up_when_the_first_has_made_room() -> None:
+    world = World()
+    world.bring_up("a")
+    world.bring_up("b")
+    assert "b" not in world.holders
+    world.settle()
+    assert world.levels() == {"a": 480, "b": 480}
+
+
+def test_a_burst_takes_an_idle_neighbours_memory_and_gives_it_back_when_asked() -> None:
+    world = World()
+    for name in "ab":
+        world.bring_up(name)
+        world.settle()
+    world.want("a", 800)
+    world.settle()
+    assert world.levels()["a"] >= 800
+    world.want("a", 0)
+    world.want("b", 800)
+    world.settle()
+    assert world.levels()["b"] >= 800
+
+
+def test_a_neighbour_that_is_as_hungry_keeps_its_half() -> None:
+    world = World()
+    for name in "ab":
+        world.bring_up(name)
+        world.settle()
+    world.want("b", 700)
+    world.settle()
+    world.want("a", 700)
+    world.settle()
+    assert world.levels() == {"a": 480, "b": 480}
+
+
+def test_a_ceiling_is_kept() -> None:
+    world = World()
+    world.bring_up("a", ceiling_bytes=100 * PAGE)
+    assert world.levels() == {"a": 100}
+
+
+def test_what_a_lost_worker_had_goes_to_the_others() -> None:
+    world = World()
+    for name in "ab":
+        world.bring_up(name)
+        world.settle()
+    world.want("a", 900)
+    world.settle()
+    world.memory.hear(events.WorkerLost(worker="w-b", reason="killed"), world.now)
+    world.want("a", 990)
+    world.settle()
+    assert world.levels()["a"] >= 990
+
+
+def test_weights_that_do_not_fit_are_refused_before_anyone_is_disturbed() -> None:
+    world = World()
+    world.bring_up("a")
+    world.bring_up("b", weight_bytes=3 * GIB)
+    assert world.failed[0].replica == ReplicaId("b") and "lacks" in world.failed[0].reason
+    assert world.unread == []
+
+
+def test_a_replica_called_off_while_it_waits_leaves_nothing_behind() -> None:
+    world = World()
+    world.bring_up("a")
+    world.bring_up("b")
+    life = (ReplicaId("b"), Epoch(7, 2))
+    assert world.memory.waits(life)
+    world.memory.hear(events.ReplicaStopped(replica=life[0], epoch=life[1], reason="called off"), world.now)
+    world.settle()
+    assert not world.memory.waits(life) and set(world.holders) == {"a"}
+
+
+# The same with real workers.
+
+
+@pytest.fixture(scope="module")
+def parent_socket() -> Iterator[Path]:
+    with parent() as socket:
+        yield socket
+
+
+async def test_two_models_that_need_more_than_there_is_answer_every_request(parent_socket: Path) -> None:
+    """2 GiB at 1 MiB a token; 40 requests of 100 tokens each, twice as much as fits, and the first model had it all."""
+    models = [model(name, kv_bytes_per_token=MIB, step_s=0.001) for name in "ab"]
+    async with system(parent_socket, models, elastic=True) as (made, front):
+        assert [(await front.models.get()) for _ in models] == ["a", "b"]
+        answers = [front.ask(f"{name}{i}", of=name, prompt=[1] * 20, tokens=80) for i in range(20) for name in "ab"]
+        tries = 0
+        for answer in answers:
+            await asyncio.wait_for(answer.ended.wait(), 20.0)
+        # What had to yield comes again, as a front-end would bring it.
+        while back := [r for r, a in front.answers.items() if a.verdict is not None]:
+            tries += 1
+            for request_id in back:
+                del front.answers[request_id]
+                front.ask(f"{request_id}-again", of=request_id[0], prompt=[1] * 20, tokens=80, tries=tries)
+            for answer in list(front.answers.values()):
+                await asyncio.wait_for(answer.ended.wait(), 20.0)
+        assert len(front.answers) == 40
+        assert all(answer.outcome is Outcome.LENGTH for answer in front.answers.values())
+        assert made.agent._memory is not None
+        for ledger in made.agent._memory.ledger:
+            ledger.check()
