@@ -160,6 +160,14 @@ def test_a_failed_activation_keeps_the_queue(gpu: Watched) -> None:
     assert words(gpu.on(ready("a", Epoch(7, 2)))) == ["Admit x"]
 
 
+def test_a_model_that_cannot_be_served_keeps_nobody_waiting(gpu: Watched) -> None:
+    gpu.on(activate("a"))
+    gpu.on(routed("x", A))
+    failed = ActivationFailed(replica=A, epoch=Epoch(7, 1), reason="no such architecture", permanent=True)
+    assert words(gpu.on(failed)) == ["Requeue x"]
+    assert not gpu.scheduler.knows(A)
+
+
 def test_a_request_told_twice_is_served_once(gpu: Watched) -> None:
     gpu.serving(credits=2)
     assert words(gpu.on(routed("x", A))) == ["Admit x"]

@@ -201,7 +201,14 @@ class GpuScheduler:
 
     def _not_activated(self, event: ActivationFailed) -> list[Action]:
         tenant = self._living(event.replica, event.epoch)
-        return [] if tenant is None else self._lost(tenant, f"{tenant.replica} could not be brought up: {event.reason}")
+        if tenant is None:
+            return []
+        reason = f"{tenant.replica} could not be brought up: {event.reason}"
+        actions = self._lost(tenant, reason)
+        if event.permanent and self.knows(event.replica):
+            # No next life will come to serve those who wait, and a restarted control may not know that they wait here.
+            actions += self.evict(event.replica, reason)
+        return actions
 
     def _worker_lost(self, event: WorkerLost) -> list[Action]:
         if event.replica is None or event.epoch is None:
