@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from chimera.agent.memory import NodeMemory
 from chimera.core.gpu import Gpu
+from chimera.core.lease import LeaseClass
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Seat
 from chimera.core.replica import Epoch, ReplicaId
@@ -18,7 +19,7 @@ from chimera.msg import actions, events
 from chimera.msg.events import Outcome
 from chimera.units import GIB, MIB
 
-from tests.agent.rig import model, parent, system
+from tests.agent.rig import Front, model, parent, system
 
 PAGE = 2 * MIB
 
@@ -194,3 +195,16 @@ async def test_two_models_that_need_more_than_there_is_answer_every_request(pare
         assert made.agent._memory is not None
         for ledger in made.agent._memory.ledger:
             ledger.check()
+
+
+async def test_the_snapshot_shows_the_ledgers(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", kv_bytes_per_token=MIB)], elastic=True) as (_, front):
+        await front.models.get()
+        async with asyncio.timeout(5.0):
+            while not (held := await held_by_class(front)).get(LeaseClass.KV):
+                pass  # the agent tells of it within a quarter of a second; each look is a round trip
+        assert held[LeaseClass.WEIGHTS] >= 1
+
+
+async def held_by_class(front: Front) -> dict[LeaseClass, int]:
+    return {kind: pages for ledger in (await front.snapshot()).ledgers for kind, pages in ledger.by_class().items()}

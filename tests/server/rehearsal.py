@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import msgspec
 from chimera.core.gpu import Gpu
+from chimera.core.ledger_view import GpuLedgerView
 from chimera.core.model import ModelSpec
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
@@ -206,7 +207,13 @@ class Rehearsal:
         ]
         gpu = Gpu(gpu_id=0, capacity_bytes=2 << 30)
         return Snapshot(
-            now_s=1.0, policy="static", gpus=(gpu,), models=tuple(self.models), replicas=tuple(views), waiting={"absent": 3}
+            now_s=1.0,
+            policy="static",
+            gpus=(gpu,),
+            models=tuple(self.models),
+            replicas=tuple(views),
+            ledgers=(GpuLedgerView(gpu=gpu),),
+            waiting={"absent": 3},
         )
 
     def _go(self, work: Callable[[], Awaitable[None]]) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+from chimera.core.ledger_view import LedgerView
+
 from tests.server.conftest import Stage, until
 from tests.server.rehearsal import model, model_folder
 
@@ -38,6 +41,13 @@ async def test_the_snapshot_is_controls(stage: Stage) -> None:
     assert status == 200
     assert body["policy"] == "static" and body["waiting"] == {"absent": 3}
     assert [spec["name"] for spec in body["models"]] == ["m"]
+
+
+async def test_the_ledger_is_the_agents(stage: Stage) -> None:
+    status, body = await get(stage, "/ledger")
+    view = msgspec.convert(body, LedgerView)
+    assert status == 200
+    assert [(ledger.gpu.gpu_id, ledger.free) for ledger in view.gpus] == [(0, 1024)]
 
 
 async def test_without_control_there_is_no_snapshot(stage: Stage) -> None:

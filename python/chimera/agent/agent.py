@@ -36,6 +36,7 @@ Reported = events.RequestFinished | events.ReplicaReady | events.ReplicaStopped 
 """The events that control's scheduler hears of too."""
 
 DRAIN_S = 30.0
+_LEDGERS_EVERY_S = 0.25
 
 
 class _Held(msgspec.Struct):
@@ -72,6 +73,7 @@ class Agent:
                 gpus, agent_start, send=self._order_pages, start=self._start_replica, fail=self._fail_replica
             )
         self._memory_timer: asyncio.TimerHandle | None = None
+        self._ledger_timer: asyncio.TimerHandle | None = None
         self._held: dict[str, _Held] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._stopping = False
@@ -92,7 +94,7 @@ class Agent:
         """Let the workers finish what they have, and leave; nothing is brought up any more."""
         self._stopping = True
         await self._pool.stop(drain_s)
-        for timer in (self._timer, self._memory_timer):
+        for timer in (self._timer, self._memory_timer, self._ledger_timer):
             if timer is not None:
                 timer.cancel()
         await self._control.close()
@@ -105,6 +107,7 @@ class Agent:
         self._control.send(self._joined)
         for ready in self.scheduler.living():
             self._control.send(ready)
+        self._tell_ledgers()
 
     def _control_says(self, message: Message) -> None:
         match message:
@@ -278,6 +281,14 @@ class Agent:
         due_s, loop = self._memory.next_wake_s, asyncio.get_running_loop()
         delay_s = 0.0 if due_s is None else max(0.001, due_s - time.monotonic())
         self._memory_timer = None if due_s is None else loop.call_later(delay_s, self._hear_of_memory, events.Woke())
+        if self._ledger_timer is None:
+            # Once for all that changes meanwhile; a quiet node sends nothing.
+            self._ledger_timer = loop.call_later(_LEDGERS_EVERY_S, self._tell_ledgers)
+
+    def _tell_ledgers(self) -> None:
+        self._ledger_timer = None
+        if self._memory is not None:
+            self._control.send(stream.LedgerTold(view=self._memory.view(time.monotonic())))
 
     def _wake_at(self, at_s: float) -> None:
         if self._timer is not None:

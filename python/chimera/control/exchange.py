@@ -180,6 +180,7 @@ class Exchange:
         if self._agents.get(name) is not channel:
             return
         del self._agents[name]
+        self._telemetry.forget_agent(name)
         self._parted.set()
         channel.close()
         log.warning("agent %s is gone reason=%s", name, reason)
@@ -226,6 +227,8 @@ class Exchange:
                 self._decide(message)
             case stream.Heartbeat():
                 self._telemetry.note(message)
+            case stream.LedgerTold(view=view):
+                self._telemetry.note_ledgers(name, view)
             case _:
                 log.warning("agent %s says what control does not understand: %s", name, type(message).__name__)
         if isinstance(message, News):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from chimera.core.gpu import Gpu
+from chimera.core.ledger_view import GpuLedgerView
 from chimera.core.model import ModelSpec
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 
@@ -49,6 +50,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     gpus: tuple[Gpu, ...] = ()
     models: tuple[ModelSpec, ...] = ()
     replicas: tuple[ReplicaView, ...] = ()
+    ledgers: tuple[GpuLedgerView, ...] = ()
+    """Who holds how much of each GPU, as the agents last told it."""
     waiting: dict[str, int] = {}
     """Requests held by the dispatcher, by model, because no replica serves them yet."""
     demands: dict[str, Demand] = {}

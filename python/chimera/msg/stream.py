@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from chimera.core.ledger_view import LedgerView
 from chimera.core.model import ModelSpec
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
@@ -163,6 +164,12 @@ class Prepared(Stream, frozen=True, kw_only=True):
     took_s: float = 0.0
     fault: str = ""
     """Why it cannot be; an activation would fail as well."""
+
+
+class LedgerTold(Stream, frozen=True, kw_only=True):
+    """An agent's ledgers, on change and at most every so often."""
+
+    view: LedgerView
 
 
 class SnapshotWanted(Stream, frozen=True, kw_only=True):

@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
+from chimera.core.ledger_view import LedgerView
 from chimera.core.model import ModelSpec
 from chimera.core.replica import ReplicaState
 from chimera.errors import RequestError
@@ -59,6 +60,7 @@ class App:
                 web.get("/health", self._health),
                 web.get("/health_generate", self._health_generate),
                 web.get("/snapshot", self._snapshot),
+                web.get("/ledger", self._ledger),
             ]
         )
         return app
@@ -141,6 +143,10 @@ class App:
 
     async def _snapshot(self, http: web.Request) -> web.Response:
         return _json_response(await self._relay.snapshot())
+
+    async def _ledger(self, http: web.Request) -> web.Response:
+        snapshot = await self._relay.snapshot()
+        return _json_response(LedgerView(now_s=snapshot.now_s, gpus=snapshot.ledgers))
 
 
 async def _body(http: web.Request) -> bytes:

@@ -57,6 +57,7 @@ Message = (
     | stream.Forked
     | stream.Prepare
     | stream.Prepared
+    | stream.LedgerTold
     | stream.SnapshotWanted
     | stream.SnapshotTaken
     | stream.Stop
