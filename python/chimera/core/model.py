@@ -12,6 +12,8 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
 
     ttft_s: float | None = None
     tpot_s: float | None = None
+    reject_late: bool = False
+    """Whether a request that cannot be in time is turned away at once; if not, it is served when no other can be in time."""
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,6 +23,8 @@ class RejectCode(enum.StrEnum):
 
     QUEUE_FULL = "queue_full"
     QUEUE_TIMEOUT = "queue_timeout"
+    SLO_UNATTAINABLE = "slo_unattainable"
+    """It cannot be in time any more, and its class would rather hear so at once."""
     MODEL_NOT_FOUND = "model_not_found"
     MODEL_NOT_LOADED = "model_not_loaded"
     """Registered, and the placement gives it no GPU."""

@@ -3,6 +3,10 @@
 Owns the queue and the credits of every replica whose first rank sits here, and gives each life of a replica its epoch.
 Knows counts and names; does not know what a request says, where its tokens go, or what happens on other GPUs.
 
+Under a local policy that knows deadlines, an engine is given no more prompts than it prefills in a moment, so that the order
+stays ours; under `goodput` it is also given no more sequences than can be decoded within their TPOT. Work goes on
+whatever the estimates say: an engine that runs nothing is always given the next request.
+
 Invariants: a request is in one place, a queue or an engine; the engine of a replica never holds more requests than it gave
 credits; whatever speaks of another epoch than the present one changes nothing.
 """
@@ -13,6 +17,7 @@ from collections.abc import Iterable, Iterator
 
 import msgspec
 
+from chimera.core.model import ModelSpec
 from chimera.core.placement import Seat
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
@@ -25,12 +30,17 @@ from chimera.msg.events import (
     RequestArrived,
     RequestCancelled,
     RequestFinished,
+    Woke,
     WorkerLost,
 )
-from chimera.sched.queues import Fcfs, Queue
+from chimera.sched.cost import CostTable, EngineCost
+from chimera.sched.queues import Queue, queue_named
 
 GpuInput = Event | Activate | Deactivate | Route | Abort
 """What happened here, and what control wants done."""
+
+AHEAD_S = 0.03
+"""So much prefill an engine may have before it beyond the prompt it is at."""
 
 
 class Mint:
@@ -50,18 +60,26 @@ class Mint:
 class Tenant:
     """A replica on this GPU: its present life, who waits for it, and whom it serves."""
 
-    __slots__ = ("ending", "epoch", "load_s", "queue", "ready", "running", "seat", "state")
+    __slots__ = ("busy_until_s", "cost", "ending", "epoch", "load_s", "model", "queue", "ready", "running", "seat", "state")
 
-    def __init__(self, seat: Seat, epoch: Epoch) -> None:
+    def __init__(self, model: ModelSpec, seat: Seat, epoch: Epoch, local: str, costs: CostTable | None) -> None:
+        self.model = model
         self.seat = seat
         self.epoch = epoch
+        self.cost: EngineCost | None = None if costs is None or local == "fcfs" else costs.of(model)
+        """Empty when requests are handed on as soon as there are credits."""
+        self.busy_until_s = 0.0
+        """When the prompts that the engine was given should be through."""
         self.state = ReplicaState.LOADING
         self.ready: ReplicaReady | None = None
         self.load_s: float | None = None
-        self.queue: Queue = Fcfs()
+        self.queue: Queue = queue_named(local, self.prefill_s)
         self.running: dict[str, Request] = {}
         self.ending: set[str] = set()
         """Of the running, those the engine was told to stop; it holds them until it says that they have ended."""
+
+    def prefill_s(self, request: Request) -> float:
+        return 0.0 if self.cost is None else self.cost.prompt_s(request.prompt_tokens)
 
     @property
     def replica(self) -> ReplicaId:
@@ -77,6 +95,7 @@ class Tenant:
 
 
 class TenantState(msgspec.Struct, frozen=True, kw_only=True):
+    model: ModelSpec
     seat: Seat
     epoch: Epoch
     state: ReplicaState
@@ -85,6 +104,8 @@ class TenantState(msgspec.Struct, frozen=True, kw_only=True):
     queued: tuple[Request, ...]
     running: tuple[Request, ...]
     ending: tuple[str, ...]
+    passed: int = 0
+    busy_until_s: float = 0.0
 
 
 class GpuState(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,9 +118,11 @@ class GpuState(msgspec.Struct, frozen=True, kw_only=True):
 class GpuScheduler:
     """Order and admission on one GPU. A tensor-parallel replica belongs to the scheduler of its first GPU."""
 
-    def __init__(self, gpu_id: int, mint: Mint) -> None:
+    def __init__(self, gpu_id: int, mint: Mint, local: str = "fcfs", costs: CostTable | None = None) -> None:
         self.gpu_id = gpu_id
         self._mint = mint
+        self._local = local
+        self._costs = costs
         self._tenants: dict[ReplicaId, Tenant] = {}
         self._where: dict[str, ReplicaId] = {}
         """The replica whose queue or engine holds the request."""
@@ -126,6 +149,8 @@ class GpuScheduler:
                 return self._not_activated(event)
             case WorkerLost():
                 return self._worker_lost(event)
+            case Woke():
+                return [action for tenant in self.tenants() for action in self._admit(tenant, now)]
             case _:
                 return []
 
@@ -140,12 +165,17 @@ class GpuScheduler:
     def tenants(self) -> Iterator[Tenant]:
         return iter(self._tenants.values())
 
+    def wake_s(self, now: float) -> float | None:
+        """When some engine should be through its prompts and can be given more; `None` if no request waits for that."""
+        waits = (t.busy_until_s - AHEAD_S for t in self.tenants() if t.cost is not None and t.free_credits > 0 and len(t.queue))
+        return min((wait_s for wait_s in waits if wait_s > now), default=None)
+
     # Replicas.
 
     def _activate(self, order: Activate) -> list[Action]:
         tenant = self._tenants.get(order.seat.replica)
         if tenant is None:
-            tenant = Tenant(order.seat, self._mint.next())
+            tenant = Tenant(order.model, order.seat, self._mint.next(), self._local, self._costs)
             self._tenants[tenant.replica] = tenant
         elif tenant.state is ReplicaState.STOPPED:
             tenant.seat, tenant.epoch, tenant.state = order.seat, self._mint.next(), ReplicaState.LOADING
@@ -287,11 +317,13 @@ class GpuScheduler:
         self._where[request.request_id] = tenant.replica
 
     def _admit(self, tenant: Tenant, now: float) -> list[Action]:
-        """Fills the free credits from the queue."""
-        admitted: list[Action] = []
-        while tenant.free_credits > 0 and len(tenant.queue):
+        """Fills the free credits from the queue, as far as the engine can use them."""
+        admitted: list[Action] = self._turn_away(tenant, now)
+        while tenant.free_credits > 0 and len(tenant.queue) and self._may_take(tenant, now):
             request = tenant.queue.pop(now)
             tenant.running[request.request_id] = request
+            if tenant.cost is not None:
+                tenant.busy_until_s = max(now, tenant.busy_until_s) + tenant.prefill_s(request) * self._slowdown(tenant)
             admitted.append(
                 Admit(
                     request_id=request.request_id,
@@ -302,6 +334,39 @@ class GpuScheduler:
                 )
             )
         return admitted
+
+    def _turn_away(self, tenant: Tenant, now: float) -> list[Action]:
+        turned: list[Action] = []
+        for request in tenant.queue.hopeless(now):
+            tenant.queue.remove(request.request_id)
+            del self._where[request.request_id]
+            reason = f"its first token cannot come within {request.slo.ttft_s} s any more; {len(tenant.queue)} wait"
+            code = RejectCode.SLO_UNATTAINABLE
+            turned.append(
+                Reject(request_id=request.request_id, front=request.front, code=code, retry_after_s=1.0, reason=reason)
+            )
+        return turned
+
+    def _slowdown(self, tenant: Tenant) -> float:
+        """How much longer the tenant's steps take beside the engines that run something here."""
+        if self._costs is None:
+            return 1.0
+        return self._costs.slowdown(1 + sum(bool(t.running) for t in self.tenants() if t is not tenant))
+
+    def _may_take(self, tenant: Tenant, now: float) -> bool:
+        """Whether the engine has use for one more request now, rather than soon."""
+        if tenant.cost is None or not tenant.running:
+            return True
+        if tenant.busy_until_s > now + AHEAD_S:
+            return False
+        promise_s = tenant.model.slo.tpot_s
+        if self._local != "goodput" or promise_s is None:
+            return True
+        batch = len(tenant.running) + 1
+        context = sum(request.prompt_tokens + request.max_tokens // 2 for request in tenant.running.values())
+        step_s = tenant.cost.decode_s(batch, context * batch // len(tenant.running)) * self._slowdown(tenant)
+        alone_s = tenant.cost.decode_s(1, context // len(tenant.running)) * self._slowdown(tenant)
+        return step_s <= promise_s or alone_s > promise_s  # what neighbours have spoiled, waiting does not mend
 
     def _requeue_waiting(self, tenant: Tenant, reason: str) -> list[Action]:
         waiting = list(tenant.queue)
@@ -326,6 +391,7 @@ class GpuScheduler:
             gpu_id=self.gpu_id,
             tenants=tuple(
                 TenantState(
+                    model=t.model,
                     seat=t.seat,
                     epoch=t.epoch,
                     state=t.state,
@@ -334,16 +400,19 @@ class GpuScheduler:
                     queued=tuple(t.queue),
                     running=tuple(t.running.values()),
                     ending=tuple(sorted(t.ending)),
+                    passed=t.queue.passed,
+                    busy_until_s=t.busy_until_s,
                 )
                 for t in self._tenants.values()
             ),
         )
 
     @classmethod
-    def from_state(cls, state: GpuState, mint: Mint) -> GpuScheduler:
-        scheduler = cls(state.gpu_id, mint)
+    def from_state(cls, state: GpuState, mint: Mint, local: str = "fcfs", costs: CostTable | None = None) -> GpuScheduler:
+        scheduler = cls(state.gpu_id, mint, local, costs)
         for told in state.tenants:
-            tenant = Tenant(told.seat, told.epoch)
+            tenant = Tenant(told.model, told.seat, told.epoch, local, costs)
+            tenant.busy_until_s = told.busy_until_s
             tenant.state, tenant.ready, tenant.load_s = told.state, told.ready, told.load_s
             tenant.running = {request.request_id: request for request in told.running}
             tenant.ending = set(told.ending)
@@ -351,6 +420,7 @@ class GpuScheduler:
             scheduler._where.update(dict.fromkeys(tenant.running, tenant.replica))
             for request in told.queued:
                 scheduler._enqueue(request, tenant)
+            tenant.queue.passed = told.passed
         return scheduler
 
     def check(self) -> None:
@@ -362,7 +432,9 @@ class GpuScheduler:
             assert all(self._where.get(request_id) == replica for request_id in held), f"{replica} holds what is elsewhere"
             assert len(tenant.running) <= tenant.credits or not tenant.running, f"{replica} runs more than its credits"
             assert tenant.ending <= tenant.running.keys(), f"{replica} ends what it does not run"
-            assert not (tenant.free_credits > 0 and len(tenant.queue)), f"{replica} keeps a request from a free credit"
+            idle = not tenant.running if tenant.cost is not None else tenant.free_credits > 0
+            kept = tenant.state is ReplicaState.SERVING and idle and tenant.free_credits > 0 and len(tenant.queue)
+            assert not kept, f"{replica} keeps a request from a free credit"
             assert not tenant.running or tenant.ready is not None, f"{replica} runs requests before it was ready"
             assert tenant.state is not ReplicaState.DRAINING or not len(tenant.queue), f"{replica} queues while it leaves"
             assert tenant.epoch <= Epoch(self._mint.agent_start, self._mint.counter), f"{replica} has an epoch of the future"

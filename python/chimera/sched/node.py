@@ -16,7 +16,7 @@ import msgspec
 from chimera.core.replica import ReplicaId, ReplicaState
 from chimera.core.request import Request
 from chimera.errors import ProtocolError
-from chimera.msg.actions import Abort, Action, Activate, Deactivate, Requeue, Route
+from chimera.msg.actions import Abort, Action, Activate, Deactivate, Requeue, Route, WakeAt
 from chimera.msg.events import (
     ActivationFailed,
     PagesReturned,
@@ -26,8 +26,10 @@ from chimera.msg.events import (
     RequestArrived,
     RequestCancelled,
     RequestFinished,
+    Woke,
     WorkerLost,
 )
+from chimera.sched.cost import CostTable
 from chimera.sched.gpu import GpuInput, GpuScheduler, GpuState, Mint, Tenant, least_loaded
 
 
@@ -38,17 +40,39 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     agent_start: int
     counter: int
     gpus: tuple[GpuState, ...]
+    local: str = "fcfs"
+    costs: CostTable | None = None
+    wake_s: float | None = None
 
 
 class NodeScheduler:
-    """All GPU schedulers of one agent behind one door."""
+    """All GPU schedulers of one agent behind one door.
 
-    def __init__(self, agent: str, agent_start: int, gpu_ids: Sequence[int]) -> None:
+    `local` says in which order requests go; what knows deadlines needs a cost table.
+    """
+
+    def __init__(
+        self, agent: str, agent_start: int, gpu_ids: Sequence[int], *, local: str = "fcfs", costs: CostTable | None = None
+    ) -> None:
         self.agent = agent
         self._mint = Mint(agent_start)
-        self._gpus = {gpu_id: GpuScheduler(gpu_id, self._mint) for gpu_id in gpu_ids}
+        self._local = local
+        self._costs = costs
+        self._wake_s: float | None = None
+        self._gpus = {gpu_id: GpuScheduler(gpu_id, self._mint, local, costs) for gpu_id in gpu_ids}
 
     def on(self, event: GpuInput, now: float) -> list[Action]:
+        actions = self._decide(event, now)
+        if self._local == "fcfs" or self._costs is None:
+            return actions
+        waits = (wait_s for gpu in self._gpus.values() if (wait_s := gpu.wake_s(now)) is not None)
+        soonest = min(waits, default=None)
+        if soonest is None or (self._wake_s is not None and now < self._wake_s <= soonest):
+            return actions
+        self._wake_s = soonest
+        return [*actions, WakeAt(at_s=soonest, reason="an engine should be through its prompts")]
+
+    def _decide(self, event: GpuInput, now: float) -> list[Action]:
         match event:
             case Activate():
                 return self._activate(event, now)
@@ -58,6 +82,9 @@ class NodeScheduler:
                 return self._arrived(event.request, least_loaded(self.tenants(), event.request.model), now)
             case RequestCancelled() | Abort():
                 return self._cancelled(event, now)
+            case Woke():
+                self._wake_s = None
+                return [action for gpu in self._gpus.values() for action in gpu.on(event, now)]
             case (
                 Deactivate()
                 | RequestFinished()
@@ -117,13 +144,17 @@ class NodeScheduler:
             agent_start=self._mint.agent_start,
             counter=self._mint.counter,
             gpus=tuple(gpu.state() for gpu in self._gpus.values()),
+            local=self._local,
+            costs=self._costs,
+            wake_s=self._wake_s,
         )
 
     @classmethod
     def from_state(cls, state: NodeState) -> NodeScheduler:
-        scheduler = cls(state.agent, state.agent_start, ())
-        scheduler._mint = Mint(state.agent_start, state.counter)
-        scheduler._gpus = {told.gpu_id: GpuScheduler.from_state(told, scheduler._mint) for told in state.gpus}
+        scheduler = cls(state.agent, state.agent_start, (), local=state.local, costs=state.costs)
+        mint = scheduler._mint = Mint(state.agent_start, state.counter)
+        scheduler._wake_s = state.wake_s
+        scheduler._gpus = {told.gpu_id: GpuScheduler.from_state(told, mint, state.local, state.costs) for told in state.gpus}
         return scheduler
 
     def check(self) -> None:

@@ -7,14 +7,19 @@ own listing behaves as the one listed.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
 from typing import Protocol
 
 from chimera.core.request import Request
+from chimera.errors import ConfigError
 
 
 class Queue(Protocol):
     """Requests waiting for one replica, or for one model. A request id is in it at most once."""
+
+    passed: int
+    """Turns since a late request had one; all that a queue remembers beside its listing."""
 
     def push(self, request: Request) -> None: ...
 
@@ -23,6 +28,9 @@ class Queue(Protocol):
 
     def remove(self, request_id: str) -> Request | None:
         """The request leaves without its turn; `None` if it is not here."""
+
+    def hopeless(self, now: float) -> list[Request]:
+        """Those that cannot be in time any more and would rather hear so at once. They stay here until they are removed."""
 
     def __contains__(self, request_id: str) -> bool: ...
 
@@ -35,12 +43,16 @@ class Queue(Protocol):
 class Fcfs:
     """First come, first served, by the moment the client's request came in: one that was requeued keeps its turn."""
 
-    __slots__ = ("_entries", "_order", "_pushed")
+    __slots__ = ("_entries", "_order", "_pushed", "passed")
 
     def __init__(self) -> None:
         self._order: list[tuple[float, int, Request]] = []
         self._entries: dict[str, tuple[float, int, Request]] = {}
         self._pushed = 0
+        self.passed = 0
+
+    def hopeless(self, now: float) -> list[Request]:
+        return []
 
     def push(self, request: Request) -> None:
         entry = (request.arrived_s, self._pushed, request)
@@ -67,3 +79,131 @@ class Fcfs:
 
     def __iter__(self) -> Iterator[Request]:
         return (request for _, _, request in self._order)
+
+
+LOOKED_AT = 256
+"""So many requests, those of the earliest deadlines, are weighed in one decision."""
+LATE_TURN = 8
+"""Of so many turns one is for a request that is late already, the oldest: n late ones are gone after n × 8 turns."""
+NO_PROMISE_S = 60.0
+"""The deadline of a request without a promise."""
+
+Prefill = Callable[[Request], float]
+"""How long a request's prefill takes on the replica that the queue is for."""
+
+
+class Slack:
+    """Least slack first: by the moment at which the prefill has to begin for the first token to be in time.
+
+    A request that is late already has the least slack of all, so under overload this serves the late and makes the others
+    late too. No starvation: who waits gains on all who come later.
+    """
+
+    __slots__ = ("_entries", "_order", "_prefill_s", "_pushed", "passed")
+
+    def __init__(self, prefill_s: Prefill) -> None:
+        self._prefill_s = prefill_s
+        self._order: list[tuple[float, int, Request]] = []
+        self._entries: dict[str, tuple[float, int, Request]] = {}
+        self._pushed = 0
+        self.passed = 0
+
+    def _key(self, request: Request) -> float:
+        return deadline_s(request) - self._prefill_s(request)
+
+    def push(self, request: Request) -> None:
+        entry = (self._key(request), self._pushed, request)
+        self._pushed += 1
+        self._entries[request.request_id] = entry
+        insort(self._order, entry)
+
+    def pop(self, now: float) -> Request:
+        return self._take(self._order[0])
+
+    def _take(self, entry: tuple[float, int, Request]) -> Request:
+        del self._order[bisect_left(self._order, entry)]
+        del self._entries[entry[2].request_id]
+        return entry[2]
+
+    def remove(self, request_id: str) -> Request | None:
+        entry = self._entries.get(request_id)
+        return None if entry is None else self._take(entry)
+
+    def hopeless(self, now: float) -> list[Request]:
+        return [request for start_s, _, request in self._order if start_s < now and request.slo.reject_late]
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._entries
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[Request]:
+        return (entry[2] for entry in sorted(self._order, key=lambda entry: entry[1]))
+
+
+class MooreHodgson(Slack):
+    """The most requests in time: Moore and Hodgson's rule over the earliest deadlines (the paper's Algorithm 2).
+
+    Requests are taken in order of deadline; whenever one would be late, the longest of those taken is put off. Who is put off
+    waits until nobody can be in time, or for a late one's turn.
+    """
+
+    __slots__ = ()
+
+    def _key(self, request: Request) -> float:
+        return deadline_s(request)
+
+    def pop(self, now: float) -> Request:
+        late = bisect_left(self._order, (now, -1, None))
+        if self.passed + 1 >= LATE_TURN and late:
+            self.passed = 0
+            return self._take(min(self._order[:LOOKED_AT], key=lambda entry: (entry[2].arrived_s, entry[1])))
+        chosen = self._first_in_time(now)
+        if chosen is None:
+            self.passed = 0
+            return self._take(min(self._order[:LOOKED_AT], key=lambda entry: (entry[2].arrived_s, entry[1])))
+        self.passed += 1
+        return self._take(chosen)
+
+    def _first_in_time(self, now: float) -> tuple[float, int, Request] | None:
+        # Entries that are late whatever happens are passed over before any is weighed.
+        start = bisect_left(self._order, (now, -1, None))
+        clock_s = now
+        taken: list[tuple[float, int]] = []
+        dropped: set[int] = set()
+        window = self._order[start : start + LOOKED_AT]
+        for position, entry in enumerate(window):
+            seconds = self._prefill_s(entry[2])
+            heappush(taken, (-seconds, position))
+            clock_s += seconds
+            if clock_s > entry[0]:
+                longest_s, longest = heappop(taken)
+                clock_s += longest_s
+                dropped.add(longest)
+        return next((entry for position, entry in enumerate(window) if position not in dropped), None)
+
+    def hopeless(self, now: float) -> list[Request]:
+        return [r for due_s, _, r in self._order[:LOOKED_AT] if r.slo.reject_late and due_s < now + self._prefill_s(r)]
+
+
+def deadline_s(request: Request) -> float:
+    """When the first token is due. A request that was requeued with tokens keeps its first deadline."""
+    promise_s = request.slo.ttft_s
+    return request.arrived_s + (NO_PROMISE_S if promise_s is None else promise_s)
+
+
+LOCAL_POLICIES = ("fcfs", "slack", "moore-hodgson", "goodput")
+
+
+def queue_named(name: str, prefill_s: Prefill) -> Queue:
+    """`goodput` is ours: Moore and Hodgson's order; what else it does is the GPU scheduler's."""
+    match name:
+        case "fcfs":
+            return Fcfs()
+        case "slack":
+            return Slack(prefill_s)
+        case "moore-hodgson" | "goodput":
+            return MooreHodgson(prefill_s)
+        case _:
+            raise ConfigError.single("local", f"there is no local policy {name!r}; there are {', '.join(LOCAL_POLICIES)}")

@@ -1,4 +1,4 @@
-"""`flexible`: ours, and the default. The placement that promises the most requests that keep their SLO, at a price worth paying.
+"""`flexible`: ours, and the default. Whichever placement promises the most requests within their SLO, at a price worth paying.
 
 For each GPU the forecast says what would be kept; a change is made when it promises more by a margin that covers its price
 and the doubt about the rates (hysteresis), and only so many at a time. A model under pressure gets another replica where that
