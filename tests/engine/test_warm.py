@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from chimera.engine.api import CannotServe
+from chimera.engine.api import CannotServe, Leave
 from chimera.engine.preload import preload
 from chimera.tiny.maker import make
 from chimera.tiny.shapes import MODELS
@@ -65,18 +65,16 @@ def llama(checkpoints: Path, tmp_path: Path) -> Path:
 
 def says(engine: "WarmEngine", name: str, folder: Path, **fields: Any) -> tuple[int, ...]:
     engine.activate(model(name, str(folder), **fields), gpu_ids=(0,), kv_bytes=KV)
-    said = engine._ask(PROMPT)
+    said = engine.ask(PROMPT)
     engine.deactivate()
     return said
 
 
 def says_bare(bare: Any, name: str, folder: Path) -> tuple[int, ...]:
-    from chimera.engine.sglang.warm import _Question
+    from chimera.engine.sglang.warm import CANARY_TOKENS, _Question
 
     bare.activate(model(name, str(folder)), gpu_ids=(0,), kv_bytes=KV)
-    question = _Question(PROMPT)
-    from chimera.engine.api import Leave
-
+    question = _Question(PROMPT, CANARY_TOKENS)
     with pytest.raises(Leave):
         bare.serve(question)
     bare.deactivate()
@@ -192,13 +190,13 @@ def test_changed_files_are_built_anew(engine: "WarmEngine", store: WeightStore, 
 def test_files_that_change_while_they_are_read_make_no_image(
     engine: "WarmEngine", store: WeightStore, llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ask = engine._ask
+    ask = engine.ask
 
     def meanwhile(prompt: tuple[int, ...]) -> tuple[int, ...]:
         (llama / "model.safetensors").touch()
         return ask(prompt)
 
-    monkeypatch.setattr(engine, "_ask", meanwhile)
+    monkeypatch.setattr(engine, "ask", meanwhile)
     with pytest.raises(CannotServe, match="changed while they were read") as refused:
         engine.activate(model("llama", str(llama)), gpu_ids=(0,), kv_bytes=KV)
     assert not refused.value.permanent and not images(store)

@@ -62,23 +62,29 @@ class WarmEngine:
                 except WeightsError as fault:
                     self._store.discard(image, str(fault))
                     image = None
-            image = image or self._built(key, model, gpu_ids)
+            image = image or self._image(model, gpu_ids)
             return image.contents.data_bytes
 
     def activate(
         self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None = None
     ) -> Vitals:
-        if len(gpu_ids) > 1 or not takes_images(model):
-            return self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
-        with _refusing():
-            key = self._key(model)
-            image = self._store.open(key) or self._built(key, model, gpu_ids)
-        if image.contents.unfit:
-            return self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
-        with _refusing(), loading_from(image, self._copier):
-            vitals = self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
-        self._verify(image)
+        vitals, image = self.bring_up(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
+        if image is not None:
+            self._verify(image)
         return vitals
+
+    def bring_up(
+        self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None = None
+    ) -> tuple[Vitals, Image | None]:
+        """All of an activation but its check; the image that the weights came from, if they came from one."""
+        image = None
+        if len(gpu_ids) == 1 and takes_images(model):
+            with _refusing():
+                image = self._image(model, gpu_ids)
+        if image is None or image.contents.unfit:
+            return self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes), None
+        with _refusing(), loading_from(image, self._copier):
+            return self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes), image
 
     def serve(self, post: Post) -> None:
         self._bare.serve(post)
@@ -92,12 +98,21 @@ class WarmEngine:
     def deactivate(self) -> None:
         self._bare.deactivate()
 
+    def ask(self, prompt: tuple[int, ...], tokens: int = CANARY_TOKENS) -> tuple[int, ...]:
+        """What the model that is up says, greedily. For whoever has it to himself: nothing else is served meanwhile."""
+        question = _Question(prompt, tokens)
+        try:
+            self._bare.serve(question)
+        except Leave:
+            return tuple(question.said)
+        raise AssertionError("serve() ends by being left")
+
     def _key(self, model: ModelSpec) -> ImageKey:
         return key_of(model, engine=self._engine, device=_device_kind())
 
     def _verify(self, image: Image) -> None:
         canary = image.contents.canary
-        said = self._ask(canary.prompt)
+        said = self.ask(canary.prompt)
         if said != canary.tokens:
             model = image.contents.model
             self._bare.deactivate()
@@ -105,7 +120,11 @@ class WarmEngine:
             reason = f"{model} woke up wrong: to the canary prompt it says {said} and should say {canary.tokens}"
             raise CannotServe(f"{reason}; its image is gone and will be built again", permanent=False)
 
-    def _built(self, key: ImageKey, model: ModelSpec, gpu_ids: tuple[int, ...]) -> Image:
+    def _image(self, model: ModelSpec, gpu_ids: tuple[int, ...]) -> Image:
+        key = self._key(model)
+        image = self._store.open(key)
+        if image is not None:
+            return image
         with self._store.turn(key):
             return self._store.open(key) or self._build(key, model, gpu_ids)
 
@@ -118,7 +137,7 @@ class WarmEngine:
             vitals = self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=room_bytes)
         try:
             prompt = _canary_prompt(vitals)
-            canary = Canary(prompt=prompt, tokens=self._ask(prompt))
+            canary = Canary(prompt=prompt, tokens=self.ask(prompt))
             survey = witness.survey
             if stamps(_folder(model)) != key.files:
                 raise WeightsError(f"the files of {model.name} changed while they were read", passing=True)
@@ -160,20 +179,12 @@ class WarmEngine:
         self._bare.deactivate()
         return image
 
-    def _ask(self, prompt: tuple[int, ...]) -> tuple[int, ...]:
-        question = _Question(prompt)
-        try:
-            self._bare.serve(question)
-        except Leave:
-            return tuple(question.said)
-        raise AssertionError("serve() ends by being left")
-
 
 class _Question:
     """A `Post` that asks one thing, and leaves when the engine has nothing more to do."""
 
-    def __init__(self, prompt: tuple[int, ...]) -> None:
-        sampling = Sampling(max_new_tokens=CANARY_TOKENS, temperature=0.0, ignore_eos=True)
+    def __init__(self, prompt: tuple[int, ...], tokens: int) -> None:
+        sampling = Sampling(max_new_tokens=tokens, temperature=0.0, ignore_eos=True)
         self._orders: list[Order] = [Submission("canary", Payload(input_ids=list(prompt), sampling=sampling))]
         self._over = False
         self.said: list[int] = []
