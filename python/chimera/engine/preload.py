@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
-import os
 import threading
 import warnings
 from collections.abc import Callable
@@ -49,6 +49,7 @@ def _preload_sglang(images: WeightStore | None) -> Callable[[], Engine]:
         # so that no thread exists when workers are forked.
         torch.set_num_threads(1)
     import sglang.srt.models.registry  # noqa: F401 - imports every architecture
+    from sglang.srt.model_loader import weight_utils
     from sglang.srt.plugins import load_plugins
 
     from chimera.engine.sglang import plugin
@@ -56,6 +57,8 @@ def _preload_sglang(images: WeightStore | None) -> Callable[[], Engine]:
     from chimera.engine.sglang.once import ask_once
     from chimera.engine.sglang.warm import WarmEngine
 
+    # A worker's standard error is a log: no place for a bar of a fraction of a second for every file.
+    weight_utils.tqdm = functools.partial(weight_utils.tqdm, disable=True)
     load_plugins()
     ask_once()
     plugin.activate()
@@ -67,8 +70,7 @@ def _preload_sglang(images: WeightStore | None) -> Callable[[], Engine]:
 
 
 def _hush_sglang() -> None:
-    """SGLang tells of every kernel and architecture that a machine misses, and draws a bar for every file: errors will do."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
+    """SGLang tells of every kernel and architecture that a machine misses: errors will do."""
     warnings.filterwarnings("ignore", module=r"sglang\.|torch\.")
     if not log.isEnabledFor(logging.DEBUG):
         logging.getLogger("sglang").setLevel(logging.ERROR)
