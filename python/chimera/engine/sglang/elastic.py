@@ -35,7 +35,7 @@ from chimera.vmm.driver import Driver
 _STRIPES_AIMED_AT: Final = 64
 """A pool small enough to have fewer at the usual size gets smaller stripes."""
 _SMALL_GRANULE_BYTES: Final = 64 * KIB
-_STARVED_S: Final = 20.0
+_STARVED_S: Final = 10.0
 """How long a request may lie in an engine that has nothing else to do, for want of memory, before it is told so."""
 _WANTED_EVERY_S: Final = 0.02
 
