@@ -58,7 +58,9 @@ def _preload_sglang(images: WeightStore | None) -> Callable[[], Engine]:
     from chimera.engine.sglang.warm import WarmEngine
 
     # A worker's standard error is a log: no place for a bar of a fraction of a second for every file.
-    weight_utils.tqdm = functools.partial(weight_utils.tqdm, disable=True)
+    weight_utils.tqdm = type(
+        "NoBar", (weight_utils.tqdm,), {"__init__": functools.partialmethod(weight_utils.tqdm.__init__, disable=True)}
+    )
     load_plugins()
     ask_once()
     plugin.activate()
