@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import logging
 import threading
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 from chimera.engine.api import CannotServe, Engine
 from chimera.weights.store import WeightStore
@@ -57,10 +57,7 @@ def _preload_sglang(images: WeightStore | None) -> Callable[[], Engine]:
     from chimera.engine.sglang.once import ask_once
     from chimera.engine.sglang.warm import WarmEngine
 
-    # A worker's standard error is a log: no place for a bar of a fraction of a second for every file.
-    weight_utils.tqdm = type(
-        "NoBar", (weight_utils.tqdm,), {"__init__": functools.partialmethod(weight_utils.tqdm.__init__, disable=True)}
-    )
+    weight_utils.tqdm = _without_bar(weight_utils.tqdm)
     load_plugins()
     ask_once()
     plugin.activate()
@@ -76,3 +73,13 @@ def _hush_sglang() -> None:
     warnings.filterwarnings("ignore", module=r"sglang\.|torch\.")
     if not log.isEnabledFor(logging.DEBUG):
         logging.getLogger("sglang").setLevel(logging.ERROR)
+
+
+def _without_bar(tqdm: type) -> type:
+    """A worker's standard error is a log: no place for a bar of a fraction of a second for every file."""
+
+    class NoBar(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **(kwargs | {"disable": True}))
+
+    return NoBar
