@@ -78,7 +78,7 @@ def _hush_sglang() -> None:
 def _without_bar(tqdm: type) -> type:
     """A worker's standard error is a log: no place for a bar of a fraction of a second for every file."""
 
-    class NoBar(tqdm):
+    class NoBar(tqdm):  # type: ignore[misc]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **(kwargs | {"disable": True}))
 
