@@ -13,7 +13,7 @@ import msgspec
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Seat
 from chimera.sched.policies.board import Board
-from chimera.sched.policies.forecast import Forecast, Load, forecast, load_of
+from chimera.sched.policies.forecast import Asked, Forecast, Load, forecast, load_of
 from chimera.sched.policies.policy import CALM_S, TICK_S, Decision, Question
 
 
@@ -124,6 +124,8 @@ class _Plan:
         self._forecasts: dict[int, Forecast] = {}
         self._rates: dict[str, float] = {}
         self._loads: dict[str, Load] = {}
+        self._what_if: dict[tuple[int, str, int, bool, int], Forecast] = {}
+        """Forecasts of placements that are not on the board; worthless once the board changes."""
 
     def rate(self, model: str) -> float:
         """What is to be expected of the model: a burst counts at once and is forgotten slowly."""
@@ -137,7 +139,7 @@ class _Plan:
     def _load(self, model: str) -> Load:
         load = self._loads.get(model)
         if load is None:
-            load = load_of(self.board.models[model], self.board.demand(model), self.board.costs, self.rate(model))
+            load = load_of(self.board.models[model], self.board.demand(model), self.board.costs)
             self._loads[model] = load
         return load
 
@@ -148,29 +150,30 @@ class _Plan:
             self._forecasts[gpu_id] = known
         return known
 
-    def _reckon(
-        self, gpu_id: int, *, model: str | None = None, replicas: int = 0, present: bool = True, freed_bytes: int = 0
-    ) -> Forecast:
-        """The GPU's forecast, or what it would be if `model` had so many replicas and stood here, or did not."""
-        loads: list[Load] = []
-        free_bytes = self.board.free_bytes(gpu_id) + freed_bytes
-        here = False
-        for seat in self.board.on_gpu(gpu_id):
-            name = seat.replica.model
-            if name == model:
-                here = True
-                continue
-            loads.append(self._share(name, len(self.board.seats_of(name))))
-        if model is not None:
-            resident = self.board.costs.resident_bytes(self.board.models[model])
-            if present:
-                loads.append(self._share(model, replicas))
-            free_bytes += resident * (int(here) - int(present))
-        return forecast(loads, free_bytes, self.board.costs.neighbour_slowdown)
+    def _reckon(self, gpu_id: int) -> Forecast:
+        board = self.board
+        asked = [self._share(seat.replica.model) for seat in board.on_gpu(gpu_id)]
+        return forecast(asked, board.free_bytes(gpu_id), board.costs.neighbour_slowdown)
 
-    def _share(self, model: str, replicas: int) -> Load:
-        load = self._load(model)
-        return load if replicas <= 1 else load.with_rate(load.rate_per_s / replicas)
+    def _if(self, gpu_id: int, model: str, replicas: int, *, present: bool = True, freed_bytes: int = 0) -> Forecast:
+        """What the GPU's forecast would be if `model` had so many replicas and stood here, or did not."""
+        key = (gpu_id, model, replicas, present, freed_bytes)
+        known = self._what_if.get(key)
+        if known is None:
+            board = self.board
+            others = [seat.replica.model for seat in board.on_gpu(gpu_id) if seat.replica.model != model]
+            asked = [self._share(name) for name in others]
+            if present:
+                asked.append((self._load(model), self.rate(model) / max(1, replicas)))
+            here = len(others) < len(board.on_gpu(gpu_id))
+            resident = board.costs.resident_bytes(board.models[model])
+            free_bytes = board.free_bytes(gpu_id) + freed_bytes + resident * (int(here) - int(present))
+            known = forecast(asked, free_bytes, board.costs.neighbour_slowdown)
+            self._what_if[key] = known
+        return known
+
+    def _share(self, model: str) -> Asked:
+        return self._load(model), self.rate(model) / max(1, len(self.board.seats_of(model)))
 
     def pressed(self, threshold: float) -> list[ModelSpec]:
         """Models predicted to miss promises, those that miss most first."""
@@ -191,11 +194,11 @@ class _Plan:
         gained = 0.0
         for gpu_id in gang:
             freed = sum(self._freeable(gpu_id, model)) if not self.board.fits(model, (gpu_id,)) else 0
-            with_it = self._reckon(gpu_id, model=model.name, replicas=replicas, freed_bytes=freed)
+            with_it = self._if(gpu_id, model.name, replicas, freed_bytes=freed)
             gained += (with_it.attained_per_s - self.forecast_of(gpu_id).attained_per_s) / model.tp_size
         for seat in seats:
             for gpu_id in seat.gpu_ids:
-                relieved = self._reckon(gpu_id, model=model.name, replicas=replicas)
+                relieved = self._if(gpu_id, model.name, replicas)
                 gained += (relieved.attained_per_s - self.forecast_of(gpu_id).attained_per_s) / model.tp_size
         return gained
 
@@ -204,11 +207,11 @@ class _Plan:
         others = [other for other in self.board.seats_of(model.name) if other is not seat]
         gained = 0.0
         for gpu_id in seat.gpu_ids:
-            without = self._reckon(gpu_id, model=model.name, present=False)
+            without = self._if(gpu_id, model.name, 0, present=False)
             gained += (without.attained_per_s - self.forecast_of(gpu_id).attained_per_s) / model.tp_size
         for other in others:
             for gpu_id in other.gpu_ids:
-                burdened = self._reckon(gpu_id, model=model.name, replicas=len(others))
+                burdened = self._if(gpu_id, model.name, len(others))
                 gained += (burdened.attained_per_s - self.forecast_of(gpu_id).attained_per_s) / model.tp_size
         return gained
 
@@ -254,6 +257,7 @@ class _Plan:
             self._forecasts.pop(gpu_id, None)
 
     def _forget(self, model: str) -> None:
+        self._what_if.clear()
         for seat in self.board.seats_of(model):
             for gpu_id in seat.gpu_ids:
                 self._forecasts.pop(gpu_id, None)

@@ -3,8 +3,8 @@
 The ratio of a GPU is the rate at which its models write cache, weighted by how little time they have for a token, over the
 memory left for caches. Models are laid out anew in descending order of that rate, each on the GPU of least ratio, and move
 if that betters the ratio by more than τ. The paper's argmin is printed without the model and told with it; `after` takes
-the second reading. The paper gives no τ and no capacity check: here τ is a tenth of the ratio, and what does not fit is
-passed over. Compute is in none of it.
+the second reading. The paper gives no τ, no period and no capacity check: here τ is a tenth of the ratio, models are laid out
+again when nothing has moved for five seconds, and what does not fit is passed over. Compute is in none of it.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Kvpr(msgspec.Struct, frozen=True):
             if gang is not None:
                 board.add(model, gang, f"{board.demand(model.name).waiting} requests wait")
         self._end_moves(board)
-        self._lay_out(board)
+        if all(board.since_s(seat.replica) >= self.every_s for seat in board.seats()):
+            self._lay_out(board)
         board.keep_house()
         moving = any(len(board.seats_of(name)) > 1 for name in board.models)
         return board.decision(TICK_S if moving or board.seatless() else self.every_s)
