@@ -144,6 +144,13 @@ def test_a_front_end_that_is_gone_does_not_hold_up_the_worker(stage: Stage, work
     assert stage.finished("r")[0].outcome is Outcome.LENGTH
 
 
+def test_what_comes_right_behind_an_activation_is_not_lost(stage: Stage, worker: Hired) -> None:
+    epoch = worker.activate(model("a"))
+    worker.leave("a", epoch)
+    worker.inbox.next(events.ReplicaReady)
+    assert worker.inbox.next(events.ReplicaStopped).epoch == epoch
+
+
 def test_a_worker_told_to_stop_ends(worker: Hired) -> None:
     worker.become(model("a"))
     worker.channel.send(stream.Stop())

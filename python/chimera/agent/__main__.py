@@ -12,6 +12,7 @@ import msgspec
 
 from chimera.agent.agent import DRAIN_S, Agent
 from chimera.core.gpu import Gpu
+from chimera.core.model import ModelSpec
 from chimera.wire import process
 
 
@@ -24,12 +25,16 @@ def main() -> int:
         "--drain-s", type=float, default=DRAIN_S, help="how long requests may take to end when it is told to stop"
     )
     parser.add_argument("--elastic", action="store_true", help="replicas share what a GPU has beside their weights")
+    parser.add_argument("--spare-workers", type=int, default=0, metavar="N", help="keep so many EMPTY workers ready")
+    parser.add_argument("--prepare", type=Path, metavar="FILE", help="models, as JSON, to prepare while nothing is loading")
     parser.add_argument("--decisions", type=Path, help="write every decision to this file")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
     process.start_logging(f"agent/{arguments.name}", arguments.log_level)
     gpus = msgspec.json.decode(arguments.gpus.read_bytes(), type=tuple[Gpu, ...])
-
+    prepare: tuple[ModelSpec, ...] = ()
+    if arguments.prepare is not None:
+        prepare = msgspec.json.decode(arguments.prepare.read_bytes(), type=tuple[ModelSpec, ...])
     decisions = None if arguments.decisions is None else process.fresh_log(arguments.decisions)
 
     async def live(stop: asyncio.Event) -> None:
@@ -39,6 +44,8 @@ def main() -> int:
             gpus=gpus,
             run_dir=arguments.run_dir,
             elastic=arguments.elastic,
+            spare_workers=arguments.spare_workers,
+            prepare=prepare,
             decisions=decisions,
         )
         await agent.start()

@@ -11,7 +11,8 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,7 +20,8 @@ import msgspec
 from chimera.agent.memory import NodeMemory
 from chimera.agent.pool import Worker, WorkerPool
 from chimera.core.gpu import Gpu
-from chimera.core.replica import Epoch, ReplicaId
+from chimera.core.model import ModelSpec
+from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.errors import ProtocolError
 from chimera.msg import actions, events, stream
 from chimera.msg.actions import Action
@@ -36,6 +38,8 @@ Reported = events.RequestFinished | events.ReplicaReady | events.ReplicaStopped 
 """The events that control's scheduler hears of too."""
 
 DRAIN_S = 30.0
+PREPARE_AFTER_S = 1.0
+"""How long after its start an agent looks for something to prepare: until then the first activations have come."""
 _LEDGERS_EVERY_S = 0.25
 
 
@@ -57,6 +61,8 @@ class Agent:
         gpus: tuple[Gpu, ...],
         run_dir: Path,
         elastic: bool = False,
+        spare_workers: int = 0,
+        prepare: Sequence[ModelSpec] = (),
         decisions: Callable[[bytes], object] | None = None,
     ) -> None:
         self.name = name
@@ -76,6 +82,9 @@ class Agent:
         self._ledger_timer: asyncio.TimerHandle | None = None
         self._held: dict[str, _Held] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._to_prepare = deque(prepare)
+        """Models whose first activation shall not have to wait for what can be done before."""
+        self._prepare_timer: asyncio.TimerHandle | None = None
         self._stopping = False
         self._pool = WorkerPool(
             prefix=f"{name}.{agent_start % 10**9:x}",
@@ -83,18 +92,21 @@ class Agent:
             parent_socket=run_dir / "parent.sock",
             on_message=self._worker_says,
             on_lost=self._worker_lost,
+            spare=spare_workers,
         )
         self._control = Link(run_dir / "control.sock", on_open=self._greet_control, on_message=self._control_says)
 
     async def start(self) -> None:
         await self._pool.start()
         self._control.start()
+        if self._to_prepare:
+            self._prepare_timer = asyncio.get_running_loop().call_later(PREPARE_AFTER_S, self._prepare_next)
 
     async def stop(self, drain_s: float = DRAIN_S) -> None:
         """Let the workers finish what they have, and leave; nothing is brought up any more."""
         self._stopping = True
         await self._pool.stop(drain_s)
-        for timer in (self._timer, self._memory_timer, self._ledger_timer):
+        for timer in (self._timer, self._memory_timer, self._ledger_timer, self._prepare_timer):
             if timer is not None:
                 timer.cancel()
         await self._control.close()
@@ -135,11 +147,17 @@ class Agent:
             case events.ReplicaReady():
                 log.info("ready replica=%s worker=%s load_s=%.3f", message.replica, worker.name, message.load_s)
                 self._report(message)
+                self._prepare_next()
             case events.ActivationFailed() | events.ReplicaStopped():
                 log.info("empty worker=%s replica=%s reason=%s", worker.name, message.replica, message.reason)
                 self._pool.vacate(worker)
                 self._report(message)
                 self._hear_of_memory(message)
+                self._prepare_next()
+            case stream.Prepared():
+                self._note_preparation(message)
+                self._pool.vacate(worker)
+                self._prepare_next()
             case events.PagesWanted() | events.PagesReturned():
                 self._hear_of_memory(message)
             case stream.Heartbeat():
@@ -153,6 +171,21 @@ class Agent:
         lost = events.WorkerLost(worker=worker.name, reason=reason, replica=worker.replica, epoch=worker.epoch)
         self._report(lost)
         self._hear_of_memory(lost)
+        self._prepare_next()
+
+    def _prepare_next(self) -> None:
+        """One at a time, and while nobody waits for a model that is being brought up."""
+        loading = any(tenant.state is ReplicaState.LOADING for tenant in self.scheduler.tenants())
+        if self._stopping or loading or not self._to_prepare or any(worker.chore for worker in self._pool):
+            return
+        gpu_id = self._joined.gpus[0].gpu_id
+        self._pool.prepare(stream.Prepare(model=self._to_prepare.popleft(), gpu_ids=(gpu_id,)))
+
+    def _note_preparation(self, message: stream.Prepared) -> None:
+        if message.fault:
+            log.warning("could not prepare model=%s reason=%s", message.model, message.fault)
+        else:
+            log.info("prepared model=%s host_bytes=%d took_s=%.3f", message.model, message.host_bytes, message.took_s)
 
     # Deciding, and telling control.
 

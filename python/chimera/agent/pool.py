@@ -16,7 +16,7 @@ from pathlib import Path
 
 from chimera.core.replica import Epoch, ReplicaId, WorkerState
 from chimera.msg.actions import Activate
-from chimera.msg.stream import Fork, Forked, Hello, Stop
+from chimera.msg.stream import Fork, Forked, Hello, Prepare, Stop
 from chimera.wire.channel import Channel, Server, serve
 from chimera.wire.codec import Message
 from chimera.wire.link import Link
@@ -37,6 +37,8 @@ class Worker:
         """What it was told to be; `None` while it is EMPTY."""
         self.started = False
         """Whether it may become that yet."""
+        self.chore: Prepare | None = None
+        """What it does meanwhile, being EMPTY."""
         self.channel: Channel | None = None
         """Empty until it has greeted."""
         self.vigil: Vigil | None = None
@@ -54,6 +56,11 @@ class Worker:
     def state(self) -> WorkerState:
         return WorkerState.EMPTY if self.activation is None else WorkerState.SERVING
 
+    @property
+    def free(self) -> bool:
+        """EMPTY, promised to nobody, and without a chore."""
+        return self.activation is None and self.chore is None
+
     def start(self) -> None:
         """Become what was promised, now or when it has greeted."""
         self.started = True
@@ -66,7 +73,10 @@ class Worker:
 
 
 class WorkerPool:
-    """`on_message(worker, message)` has what workers say, `on_lost(worker, reason)` comes once for each that is gone."""
+    """`on_message(worker, message)` has what workers say, `on_lost(worker, reason)` comes once for each that is gone.
+
+    `spare` workers are kept EMPTY and ready, so that an activation need not wait for a fork.
+    """
 
     def __init__(
         self,
@@ -76,8 +86,10 @@ class WorkerPool:
         parent_socket: Path,
         on_message: Callable[[Worker, Message], None],
         on_lost: Callable[[Worker, str], None],
+        spare: int = 0,
     ) -> None:
         self._prefix = prefix
+        self._spare = spare
         self._socket = socket
         self._on_message = on_message
         self._on_lost = on_lost
@@ -94,6 +106,7 @@ class WorkerPool:
     async def start(self) -> None:
         self._server = await serve(self._socket, self._greet)
         self._parent.start()
+        self._keep_spare()
 
     def employ(self, activation: Activate) -> Worker:
         """Have a worker become `activation`: one that is EMPTY, else a new one as soon as it is there."""
@@ -103,9 +116,16 @@ class WorkerPool:
 
     def promise(self, activation: Activate) -> Worker:
         """The worker that shall become `activation` when it is told to `start`."""
-        worker = next((w for w in self._workers.values() if w.activation is None), None) or self._fork()
+        worker = self._free_worker()
         worker.activation, worker.started = activation, False
+        self._keep_spare()
         return worker
+
+    def prepare(self, chore: Prepare) -> None:
+        """Have a worker do it that is EMPTY, and stays so."""
+        worker = self._free_worker()
+        worker.chore = chore
+        worker.send(chore)
 
     def holder(self, replica: ReplicaId, epoch: Epoch | None) -> Worker | None:
         """The worker of this life of the replica."""
@@ -113,7 +133,7 @@ class WorkerPool:
 
     def vacate(self, worker: Worker) -> None:
         """Its replica has left; the process may become another."""
-        worker.activation, worker.started = None, False
+        worker.activation, worker.started, worker.chore = None, False, None
 
     async def stop(self, drain_s: float) -> None:
         """Let every worker drain and leave; what has not left in time is killed. Nothing is left when this returns."""
@@ -123,6 +143,8 @@ class WorkerPool:
             if worker.vigil is None:  # its fork is not confirmed: when it greets, it finds nobody and leaves
                 del self._workers[worker.name]
             worker.send(Stop(drain_s=drain_s))
+            if worker.chore is not None and worker.vigil is not None:
+                worker.vigil.signal(signal.SIGKILL)  # what it has not finished, nobody sees
         if not await self._gone_within(drain_s + KILL_AFTER_S):
             for worker in self._workers.values():
                 log.warning("killed worker=%s replica=%s reason=it did not leave in time", worker.name, worker.replica)
@@ -143,6 +165,15 @@ class WorkerPool:
         return True
 
     # Forking.
+
+    def _free_worker(self) -> Worker:
+        """One that is there, else one that is being forked, else a new one."""
+        free = sorted((w for w in self._workers.values() if w.free), key=lambda w: w.channel is None)
+        return free[0] if free else self._fork()
+
+    def _keep_spare(self) -> None:
+        while not self._stopping and sum(w.free for w in self._workers.values()) < self._spare:
+            self._fork()
 
     def _fork(self) -> Worker:
         self._forked += 1
@@ -187,6 +218,8 @@ class WorkerPool:
             worker.send(Stop())
         elif worker.started:
             worker.start()
+        elif worker.chore is not None:
+            worker.send(worker.chore)
 
     def _watch(self, worker: Worker, pid: int) -> None:
         if worker.vigil is not None:
@@ -208,5 +241,6 @@ class WorkerPool:
             worker.channel.close()
         if not self._workers:
             self._all_gone.set()
+        self._keep_spare()
         pid = worker.vigil.pid if worker.vigil is not None else None
         self._on_lost(worker, "the worker's process has exited" + (f" (pid {pid})" if pid is not None else ""))

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
+from chimera.cli import images
 from chimera.cli.supervisor import Service, Supervisor
 from chimera.config.deployment import Deployment, deployment_of_models, load_placement
 from chimera.config.nvml import read_nvml
@@ -34,14 +35,28 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
     parser.add_argument("--log-dir", type=Path, help="keep a log of each process, and every decision, in this folder")
     parser.add_argument("--run-dir", type=Path, help="where the sockets go (default: a new private folder)")
+    parser.add_argument(
+        "--workers-per-gpu", type=int, default=0, metavar="N", help="EMPTY workers kept ready per GPU (default: %(default)s)"
+    )
+    images.configure(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.fronts <= 64:
         raise ConfigError.single("--fronts", f"{arguments.fronts} front-ends: 1 to 64 are possible")
+    if not 0 <= arguments.workers_per_gpu <= 64:
+        raise ConfigError.single("--workers-per-gpu", f"{arguments.workers_per_gpu} workers: 0 to 64 are possible")
     deployment = _deployment(arguments)
     _make_log_dir(arguments.log_dir)
-    service = Service(
+    with images.images_of(arguments, deployment.models, _say) as shared:
+        return asyncio.run(_supervise(_service(arguments, deployment, shared)))
+
+
+def _service(arguments: argparse.Namespace, deployment: Deployment, shared: images.Images | None) -> Service:
+    seated = {seat.replica.model for seat in deployment.placement.seats}
+    # On a real GPU an image is built in the memory of that GPU, which nobody has set aside for it before an activation.
+    beforehand = shared is not None and all(gpu.virtual for gpu in deployment.gpus)
+    return Service(
         models=deployment.models,
         wanted=deployment.placement,
         gpus=deployment.gpus,
@@ -54,8 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
         log_level=arguments.log_level,
         log_dir=arguments.log_dir,
         run_dir=arguments.run_dir,
+        images=shared,
+        spare_workers=arguments.workers_per_gpu * len(deployment.gpus),
+        prepare=tuple(model for model in deployment.models if beforehand and model.name not in seated),
     )
-    return asyncio.run(_supervise(service))
 
 
 async def _supervise(service: Service) -> int:

@@ -24,6 +24,7 @@ import msgspec
 
 from chimera.cli import port as port_of
 from chimera.cli import run_dir
+from chimera.cli.images import Images
 from chimera.control.charge import Charge
 from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
@@ -66,6 +67,11 @@ class Service:
     log_dir: Path | None = None
     """Where logs and decisions are kept; else logs go to standard error and decisions go with the run directory."""
     run_dir: Path | None = None
+    images: Images | None = None
+    """Where workers share weights; else each reads its model's files."""
+    spare_workers: int = 0
+    prepare: tuple[ModelSpec, ...] = ()
+    """Models to have an image of, before anybody asks for them."""
 
 
 class Child:
@@ -131,6 +137,7 @@ class Supervisor:
         service = self._service
         Charge(models=service.models, wanted=service.wanted).write(self._dir / "deployment.json")
         (self._dir / "gpus.json").write_bytes(msgspec.json.encode(service.gpus))
+        (self._dir / "prepare.json").write_bytes(msgspec.json.encode(service.prepare))
         self._say(f"{_count(len(service.models), 'model')} on {_gpus(service.gpus)}, engine {service.engine}")
         self._children = self._cast(port)
         for child in self._children:
@@ -155,8 +162,13 @@ class Supervisor:
         parent = ["chimera.worker.parent", "--socket", str(self._dir / "parent.sock"), "--engine", service.engine]
         control = ["chimera.control", "--run-dir", folder, "--deployment", str(self._dir / "deployment.json")]
         agent = ["chimera.agent", "--run-dir", folder, "--name", "local", "--gpus", str(self._dir / "gpus.json")]
+        agent += ["--spare-workers", str(service.spare_workers), "--prepare", str(self._dir / "prepare.json")]
         if service.elastic:
             agent.append("--elastic")
+        if service.images is not None:
+            parent += ["--images", str(service.images.folder)]
+            if service.images.budget_bytes is not None:
+                parent += ["--images-bytes", str(service.images.budget_bytes)]
         front = ["chimera.server", "--run-dir", folder, "--host", service.host, "--port", str(port)]
         drain = ["--drain-s", str(service.drain_s)]
         return [

@@ -39,9 +39,11 @@ def run(worker: str, agent_socket: Path, make_engine: Callable[[], Engine]) -> i
 def _next_activation(engine: Engine, ties: Ties) -> actions.Activate | None:
     """Waits, EMPTY, for a model; `None` is the order to stop."""
     while True:
-        for message in ties.receive(None):
+        messages = ties.receive(None)
+        for number, message in enumerate(messages, 1):
             match message:
                 case actions.Activate(epoch=epoch) if epoch is not None:
+                    ties.put_back(messages[number:])
                     return message
                 case stream.Prepare():
                     _prepare(message, engine, ties)

@@ -26,9 +26,17 @@ class Ties:
         self._agent = BlockingChannel.connect(str(agent_socket))
         self._agent.send(self._hello)
         self._fronts: dict[str, BlockingChannel] = {}
+        self._put_back: list[Message] = []
+
+    def put_back(self, messages: list[Message]) -> None:
+        """They came together with one that had to be dealt with alone; `receive` brings them again, first."""
+        self._put_back = messages
 
     def receive(self, wait_s: float | None) -> list[Message]:
         """The agent's messages; with none there, waits up to `wait_s`, sending meanwhile what peers had no room for."""
+        if self._put_back:
+            messages, self._put_back = self._put_back, []
+            return messages
         full = [front for front in self._fronts.values() if front.unsent_bytes and not front.closed]
         if full and wait_s != 0:
             self._wait_with(full, wait_s)
