@@ -1,9 +1,10 @@
 """What elasticity costs an engine that does not need it: stock SGLang with a static pool against the same pool made elastic.
 
 Four workers side by side, one at a time at work, in blocks of the same requests and in an order that rotates: *stock*, *stock
-again* (the control: what the machine alone makes of it), *at rest* (elastic, its level never moves), and *moving* (elastic, its
-level goes up or down by half every second). One round gives one ratio to stock for each; a figure is their median, which a
-neighbour's burst on the same machine cannot drag along, with its 95 % bootstrap interval. If the control's interval leaves ±3 % the machine is too restless for a verdict, and the run is void.
+again* (the control: what the machine alone makes of it), *at rest* (elastic, its level never moves), and *moving* (elastic,
+its level goes up or down by half every second). One round gives one ratio to stock for each; a figure is their median, which
+a neighbour's burst on the same machine cannot drag along, with its 95 % bootstrap interval. If the control's interval leaves
+±3 % the machine is too restless for a verdict, and the run is void.
 """
 
 from __future__ import annotations
