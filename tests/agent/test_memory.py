@@ -192,8 +192,8 @@ async def test_two_models_that_need_more_than_there_is_answer_every_request(pare
                 await asyncio.wait_for(answer.ended.wait(), 20.0)
         assert len(front.answers) == 40
         assert all(answer.outcome is Outcome.LENGTH for answer in front.answers.values())
-        assert made.agent._memory is not None
-        for ledger in made.agent._memory.ledger:
+        assert made.agent.memory is not None
+        for ledger in made.agent.memory.ledger:
             ledger.check()
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -72,10 +72,10 @@ class Agent:
         self._decisions = decisions
         if decisions is not None:
             decisions(self._recorder.opening())
-        self._memory: NodeMemory | None = None
+        self.memory: NodeMemory | None = None
         """Empty where KV pools are of fixed size."""
         if elastic:
-            self._memory = NodeMemory(
+            self.memory = NodeMemory(
                 gpus, agent_start, send=self._order_pages, start=self._start_replica, fail=self._fail_replica
             )
         self._memory_timer: asyncio.TimerHandle | None = None
@@ -95,6 +95,11 @@ class Agent:
             spare=spare_workers,
         )
         self._control = Link(run_dir / "control.sock", on_open=self._greet_control, on_message=self._control_says)
+
+    @property
+    def workers(self) -> Iterable[Worker]:
+        """For those who report; not to be changed."""
+        return self._pool
 
     async def start(self) -> None:
         await self._pool.start()
@@ -236,7 +241,7 @@ class Agent:
                 self._submit(action)
             case actions.Abort():
                 self._tell(action.replica, action.epoch, action)
-            case actions.Deactivate() if self._memory is not None and self._memory.waits((action.replica, action.epoch)):
+            case actions.Deactivate() if self.memory is not None and self.memory.waits((action.replica, action.epoch)):
                 self._call_off(action)
             case actions.Deactivate() | actions.Pause() | actions.Resume():
                 log.info("%s replica=%s reason=%s", type(action).__name__.lower(), action.replica, action.reason)
@@ -250,11 +255,11 @@ class Agent:
                 raise TypeError(f"no agent can carry out a {type(action).__name__}")
 
     def _employ(self, activation: actions.Activate) -> None:
-        if self._memory is None or len(activation.seat.gpu_ids) != 1:
+        if self.memory is None or len(activation.seat.gpu_ids) != 1:
             self._pool.employ(activation)
             return
         worker = self._pool.promise(activation)
-        self._memory.admit(activation, worker.name, time.monotonic())
+        self.memory.admit(activation, worker.name, time.monotonic())
         self._set_memory_timer()
 
     def _call_off(self, order: actions.Deactivate) -> None:
@@ -284,8 +289,8 @@ class Agent:
     # Elastic memory.
 
     def _hear_of_memory(self, event: Event) -> None:
-        if self._memory is not None:
-            self._memory.hear(event, time.monotonic())
+        if self.memory is not None:
+            self.memory.hear(event, time.monotonic())
             self._set_memory_timer()
 
     def _order_pages(self, order: actions.Grant | actions.Recall) -> None:
@@ -308,10 +313,10 @@ class Agent:
         asyncio.get_running_loop().call_soon(self._report, failed)
 
     def _set_memory_timer(self) -> None:
-        assert self._memory is not None
+        assert self.memory is not None
         if self._memory_timer is not None:
             self._memory_timer.cancel()
-        due_s, loop = self._memory.next_wake_s, asyncio.get_running_loop()
+        due_s, loop = self.memory.next_wake_s, asyncio.get_running_loop()
         delay_s = 0.0 if due_s is None else max(0.001, due_s - time.monotonic())
         self._memory_timer = None if due_s is None else loop.call_later(delay_s, self._hear_of_memory, events.Woke())
         if self._ledger_timer is None:
@@ -320,8 +325,8 @@ class Agent:
 
     def _tell_ledgers(self) -> None:
         self._ledger_timer = None
-        if self._memory is not None:
-            self._control.send(stream.LedgerTold(view=self._memory.view(time.monotonic())))
+        if self.memory is not None:
+            self._control.send(stream.LedgerTold(view=self.memory.view(time.monotonic())))
 
     def _wake_at(self, at_s: float) -> None:
         if self._timer is not None:
