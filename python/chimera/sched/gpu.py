@@ -4,8 +4,9 @@ Owns the queue and the credits of every replica whose first rank sits here, and 
 Knows counts and names; does not know what a request says, where its tokens go, or what happens on other GPUs.
 
 Under a local policy that knows deadlines, an engine is given no more prompts than it prefills in a moment, so that the order
-stays ours; under `goodput` it is also given no more sequences than can be decoded within their TPOT. Work goes on
-whatever the estimates say: an engine that runs nothing is always given the next request.
+stays ours, and all queues of the GPU take turns. Under `goodput` prompts also leave time for the decodes of those that run,
+and a request waits here while there is no room for its cache. Work goes on whatever the estimates say: a GPU that runs
+nothing is always given the next request.
 
 Invariants: a request is in one place, a queue or an engine; the engine of a replica never holds more requests than it gave
 credits; whatever speaks of another epoch than the present one changes nothing.
@@ -39,7 +40,11 @@ from chimera.sched.queues import Queue, queue_named
 GpuInput = Event | Activate | Deactivate | Route | Abort
 """What happened here, and what control wants done."""
 
-AHEAD_S = 0.03
+LATE_TURN = 8
+"""Of so many turns one is for a request that is late already, the oldest: n late ones are gone after n × 8 turns."""
+LEAST_DUTY = 0.3
+"""An engine may always spend this share of its time on prompts, whatever its decodes suffer."""
+AHEAD_S = 0.1
 """So much prefill an engine may have before it beyond the prompt it is at."""
 
 
@@ -60,7 +65,21 @@ class Mint:
 class Tenant:
     """A replica on this GPU: its present life, who waits for it, and whom it serves."""
 
-    __slots__ = ("busy_until_s", "cost", "ending", "epoch", "load_s", "model", "queue", "ready", "running", "seat", "state")
+    __slots__ = (
+        "busy_until_s",
+        "context_tokens",
+        "cost",
+        "ending",
+        "epoch",
+        "final_tokens",
+        "load_s",
+        "model",
+        "queue",
+        "ready",
+        "running",
+        "seat",
+        "state",
+    )
 
     def __init__(self, model: ModelSpec, seat: Seat, epoch: Epoch, local: str, costs: CostTable | None) -> None:
         self.model = model
@@ -75,8 +94,22 @@ class Tenant:
         self.load_s: float | None = None
         self.queue: Queue = queue_named(local, self.prefill_s)
         self.running: dict[str, Request] = {}
+        self.context_tokens = 0
+        """Of the running, half through."""
+        self.final_tokens = 0
+        """Of the running, at their ends."""
         self.ending: set[str] = set()
         """Of the running, those the engine was told to stop; it holds them until it says that they have ended."""
+
+    def take(self, request: Request) -> None:
+        self.running[request.request_id] = request
+        self.context_tokens += request.prompt_tokens + request.max_tokens // 2
+        self.final_tokens += request.final_tokens
+
+    def give_back(self, request_id: str) -> None:
+        request = self.running.pop(request_id)
+        self.context_tokens -= request.prompt_tokens + request.max_tokens // 2
+        self.final_tokens -= request.final_tokens
 
     def prefill_s(self, request: Request) -> float:
         return 0.0 if self.cost is None else self.cost.prompt_s(request.prompt_tokens)
@@ -104,7 +137,6 @@ class TenantState(msgspec.Struct, frozen=True, kw_only=True):
     queued: tuple[Request, ...]
     running: tuple[Request, ...]
     ending: tuple[str, ...]
-    passed: int = 0
     busy_until_s: float = 0.0
 
 
@@ -113,6 +145,8 @@ class GpuState(msgspec.Struct, frozen=True, kw_only=True):
 
     gpu_id: int
     tenants: tuple[TenantState, ...] = ()
+    passed: int = 0
+    room_bytes: int = 0
 
 
 class GpuScheduler:
@@ -123,6 +157,10 @@ class GpuScheduler:
         self._mint = mint
         self._local = local
         self._costs = costs
+        self._room_bytes = 0
+        """For the caches of all tenants together, as the newest of them found it."""
+        self._passed = 0
+        """Turns on this GPU since a late request had one."""
         self._tenants: dict[ReplicaId, Tenant] = {}
         self._where: dict[str, ReplicaId] = {}
         """The replica whose queue or engine holds the request."""
@@ -150,7 +188,7 @@ class GpuScheduler:
             case WorkerLost():
                 return self._worker_lost(event)
             case Woke():
-                return [action for tenant in self.tenants() for action in self._admit(tenant, now)]
+                return self._admit_all(now) if self._costs is not None and self._local != "fcfs" else []
             case _:
                 return []
 
@@ -167,8 +205,9 @@ class GpuScheduler:
 
     def wake_s(self, now: float) -> float | None:
         """When some engine should be through its prompts and can be given more; `None` if no request waits for that."""
-        waits = (t.busy_until_s - AHEAD_S for t in self.tenants() if t.cost is not None and t.free_credits > 0 and len(t.queue))
-        return min((wait_s for wait_s in waits if wait_s > now), default=None)
+        waiting = [t for t in self.tenants() if t.cost is not None and t.free_credits > 0 and len(t.queue)]
+        moments = (t.busy_until_s - AHEAD_S for t in waiting)
+        return min((moment_s for moment_s in moments if now < moment_s), default=None)
 
     # Replicas.
 
@@ -217,6 +256,8 @@ class GpuScheduler:
         if tenant is None or tenant.state is not ReplicaState.LOADING:
             return []
         tenant.state, tenant.ready, tenant.load_s = ReplicaState.SERVING, event, event.load_s
+        held = sum(t.model.kv_bytes(t.final_tokens) for t in self.tenants())
+        self._room_bytes = tenant.model.kv_bytes(event.kv_tokens) + held
         return self._admit(tenant, now)
 
     def _stopped(self, event: ReplicaStopped) -> list[Action]:
@@ -227,6 +268,8 @@ class GpuScheduler:
         left = [_requeue(request, reason) for request in self._clear_engine(tenant)]
         waiting = self._requeue_waiting(tenant, reason)
         del self._tenants[tenant.replica]
+        if self._costs is not None:
+            self._room_bytes += self._costs.resident_bytes(tenant.model)
         return [*left, *waiting]
 
     def _not_activated(self, event: ActivationFailed) -> list[Action]:
@@ -307,7 +350,7 @@ class GpuScheduler:
         tenant = self._living(event.replica, event.epoch)
         if tenant is None or event.request_id not in tenant.running:
             return []
-        del tenant.running[event.request_id]
+        tenant.give_back(event.request_id)
         del self._where[event.request_id]
         tenant.ending.discard(event.request_id)
         return self._admit(tenant, now)
@@ -317,23 +360,48 @@ class GpuScheduler:
         self._where[request.request_id] = tenant.replica
 
     def _admit(self, tenant: Tenant, now: float) -> list[Action]:
-        """Fills the free credits from the queue, as far as the engine can use them."""
-        admitted: list[Action] = self._turn_away(tenant, now)
-        while tenant.free_credits > 0 and len(tenant.queue) and self._may_take(tenant, now):
-            request = tenant.queue.pop(now)
-            tenant.running[request.request_id] = request
-            if tenant.cost is not None:
-                tenant.busy_until_s = max(now, tenant.busy_until_s) + tenant.prefill_s(request) * self._slowdown(tenant)
-            admitted.append(
-                Admit(
-                    request_id=request.request_id,
-                    replica=tenant.replica,
-                    epoch=tenant.epoch,
-                    reason=f"its turn after {max(0.0, now - request.arrived_s):.3f} s: {len(tenant.running)} of "
-                    f"{tenant.credits} credits in use, {len(tenant.queue)} wait",
-                )
-            )
-        return admitted
+        """Fills the free credits from the queues, as far as the engines can use them."""
+        if tenant.cost is None:
+            admitted: list[Action] = []
+            while tenant.free_credits > 0 and len(tenant.queue):
+                admitted.append(self._give(tenant, now))
+            return admitted
+        return self._admit_all(now)
+
+    def _admit_all(self, now: float) -> list[Action]:
+        """Whose turn it is among all that wait on this GPU: in time before late, by deadline; now and then the oldest late."""
+        done: list[Action] = [action for tenant in self.tenants() for action in self._turn_away(tenant, now)]
+        while True:
+            waiting = [t for t in self.tenants() if t.free_credits > 0 and len(t.queue)]
+            if not waiting:
+                return done
+            if self._passed >= LATE_TURN and any(t.queue.turn(now)[0] for t in waiting):
+                oldest = min(waiting, key=lambda t: (not t.queue.turn(now)[0], t.queue.turn(now)[1], t.replica))
+                if not self._may_take(oldest, now):
+                    return done  # the others have had their turns
+                self._passed = 0
+                done.append(self._give(oldest, now))
+                continue
+            order = sorted(waiting, key=lambda t: (*t.queue.turn(now), t.replica)) if len(waiting) > 1 else waiting
+            chosen = next((t for t in order if self._may_take(t, now)), None)
+            if chosen is None:
+                return done
+            self._passed += 1
+            done.append(self._give(chosen, now))
+
+    def _give(self, tenant: Tenant, now: float) -> Admit:
+        request = tenant.queue.pop(now)
+        tenant.take(request)
+        if tenant.cost is not None:
+            seconds = tenant.prefill_s(request) * self._slowdown(tenant) / self._duty(tenant)
+            tenant.busy_until_s = max(now, tenant.busy_until_s) + seconds
+        return Admit(
+            request_id=request.request_id,
+            replica=tenant.replica,
+            epoch=tenant.epoch,
+            reason=f"its turn after {max(0.0, now - request.arrived_s):.3f} s: {len(tenant.running)} of "
+            f"{tenant.credits} credits in use, {len(tenant.queue)} wait",
+        )
 
     def _turn_away(self, tenant: Tenant, now: float) -> list[Action]:
         turned: list[Action] = []
@@ -355,18 +423,30 @@ class GpuScheduler:
 
     def _may_take(self, tenant: Tenant, now: float) -> bool:
         """Whether the engine has use for one more request now, rather than soon."""
-        if tenant.cost is None or not tenant.running:
+        if tenant.cost is None or not any(t.running for t in self.tenants()):
             return True
-        if tenant.busy_until_s > now + AHEAD_S:
+        if tenant.running and tenant.busy_until_s > now + AHEAD_S:
             return False
+        return self._local != "goodput" or self._has_room(tenant)
+
+    def _has_room(self, tenant: Tenant) -> bool:
+        """Whether the caches of all that run here leave room for one more like them; if not, its order is better kept here."""
+        limit_bytes = tenant.seat.kv_limit_bytes
+        count = len(tenant.running)
+        wanted_tokens = tenant.final_tokens * (count + 1) // max(1, count)
+        if limit_bytes is not None:
+            return tenant.model.kv_bytes(wanted_tokens) <= limit_bytes
+        held = sum(t.model.kv_bytes(t.final_tokens) for t in self.tenants() if t is not tenant)
+        return held + tenant.model.kv_bytes(wanted_tokens) <= self._room_bytes
+
+    def _duty(self, tenant: Tenant) -> float:
+        """The share of its time that the engine may spend on prompts, so that those it decodes keep their TPOT."""
         promise_s = tenant.model.slo.tpot_s
-        if self._local != "goodput" or promise_s is None:
-            return True
-        batch = len(tenant.running) + 1
-        context = sum(request.prompt_tokens + request.max_tokens // 2 for request in tenant.running.values())
-        step_s = tenant.cost.decode_s(batch, context * batch // len(tenant.running)) * self._slowdown(tenant)
-        alone_s = tenant.cost.decode_s(1, context // len(tenant.running)) * self._slowdown(tenant)
-        return step_s <= promise_s or alone_s > promise_s  # what neighbours have spoiled, waiting does not mend
+        if self._local != "goodput" or promise_s is None or tenant.cost is None or not tenant.running:
+            return 1.0
+        if self._slowdown(tenant) > 1:
+            return 1.0  # what neighbours spoil, fewer prompts do not mend
+        return max(LEAST_DUTY, 1 - tenant.cost.decode_s(len(tenant.running), tenant.context_tokens) / promise_s)
 
     def _requeue_waiting(self, tenant: Tenant, reason: str) -> list[Action]:
         waiting = list(tenant.queue)
@@ -380,7 +460,8 @@ class GpuScheduler:
         left = [request for request_id, request in tenant.running.items() if request_id not in tenant.ending]
         for request_id in tenant.running:
             del self._where[request_id]
-        tenant.running.clear()
+        for request_id in list(tenant.running):
+            tenant.give_back(request_id)
         tenant.ending.clear()
         return left
 
@@ -389,6 +470,8 @@ class GpuScheduler:
     def state(self) -> GpuState:
         return GpuState(
             gpu_id=self.gpu_id,
+            passed=self._passed,
+            room_bytes=self._room_bytes,
             tenants=tuple(
                 TenantState(
                     model=t.model,
@@ -400,7 +483,6 @@ class GpuScheduler:
                     queued=tuple(t.queue),
                     running=tuple(t.running.values()),
                     ending=tuple(sorted(t.ending)),
-                    passed=t.queue.passed,
                     busy_until_s=t.busy_until_s,
                 )
                 for t in self._tenants.values()
@@ -410,17 +492,19 @@ class GpuScheduler:
     @classmethod
     def from_state(cls, state: GpuState, mint: Mint, local: str = "fcfs", costs: CostTable | None = None) -> GpuScheduler:
         scheduler = cls(state.gpu_id, mint, local, costs)
+        scheduler._passed = state.passed
+        scheduler._room_bytes = state.room_bytes
         for told in state.tenants:
             tenant = Tenant(told.model, told.seat, told.epoch, local, costs)
             tenant.busy_until_s = told.busy_until_s
             tenant.state, tenant.ready, tenant.load_s = told.state, told.ready, told.load_s
-            tenant.running = {request.request_id: request for request in told.running}
+            for request in told.running:
+                tenant.take(request)
             tenant.ending = set(told.ending)
             scheduler._tenants[tenant.replica] = tenant
             scheduler._where.update(dict.fromkeys(tenant.running, tenant.replica))
             for request in told.queued:
                 scheduler._enqueue(request, tenant)
-            tenant.queue.passed = told.passed
         return scheduler
 
     def check(self) -> None:
@@ -432,9 +516,8 @@ class GpuScheduler:
             assert all(self._where.get(request_id) == replica for request_id in held), f"{replica} holds what is elsewhere"
             assert len(tenant.running) <= tenant.credits or not tenant.running, f"{replica} runs more than its credits"
             assert tenant.ending <= tenant.running.keys(), f"{replica} ends what it does not run"
-            idle = not tenant.running if tenant.cost is not None else tenant.free_credits > 0
-            kept = tenant.state is ReplicaState.SERVING and idle and tenant.free_credits > 0 and len(tenant.queue)
-            assert not kept, f"{replica} keeps a request from a free credit"
+            paced = tenant.cost is not None and any(t.running for t in self.tenants())
+            assert paced or not (tenant.free_credits > 0 and len(tenant.queue)), f"{replica} keeps a request from a free credit"
             assert not tenant.running or tenant.ready is not None, f"{replica} runs requests before it was ready"
             assert tenant.state is not ReplicaState.DRAINING or not len(tenant.queue), f"{replica} queues while it leaves"
             assert tenant.epoch <= Epoch(self._mint.agent_start, self._mint.counter), f"{replica} has an epoch of the future"

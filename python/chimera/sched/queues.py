@@ -18,9 +18,6 @@ from chimera.errors import ConfigError
 class Queue(Protocol):
     """Requests waiting for one replica, or for one model. A request id is in it at most once."""
 
-    passed: int
-    """Turns since a late request had one; all that a queue remembers beside its listing."""
-
     def push(self, request: Request) -> None: ...
 
     def pop(self, now: float) -> Request:
@@ -28,6 +25,9 @@ class Queue(Protocol):
 
     def remove(self, request_id: str) -> Request | None:
         """The request leaves without its turn; `None` if it is not here."""
+
+    def turn(self, now: float) -> tuple[bool, float]:
+        """How soon it should have a turn, the least first: whether all its requests are late, and the most urgent moment."""
 
     def hopeless(self, now: float) -> list[Request]:
         """Those that cannot be in time any more and would rather hear so at once. They stay here until they are removed."""
@@ -43,13 +43,15 @@ class Queue(Protocol):
 class Fcfs:
     """First come, first served, by the moment the client's request came in: one that was requeued keeps its turn."""
 
-    __slots__ = ("_entries", "_order", "_pushed", "passed")
+    __slots__ = ("_entries", "_order", "_pushed")
 
     def __init__(self) -> None:
         self._order: list[tuple[float, int, Request]] = []
         self._entries: dict[str, tuple[float, int, Request]] = {}
         self._pushed = 0
-        self.passed = 0
+
+    def turn(self, now: float) -> tuple[bool, float]:
+        return False, self._order[0][0]
 
     def hopeless(self, now: float) -> list[Request]:
         return []
@@ -83,10 +85,15 @@ class Fcfs:
 
 LOOKED_AT = 256
 """So many requests, those of the earliest deadlines, are weighed in one decision."""
-LATE_TURN = 8
-"""Of so many turns one is for a request that is late already, the oldest: n late ones are gone after n × 8 turns."""
 NO_PROMISE_S = 60.0
 """The deadline of a request without a promise."""
+
+Entry = tuple[float, int, Request]
+
+
+def _due(entry: Entry) -> float:
+    return entry[0]
+
 
 Prefill = Callable[[Request], float]
 """How long a request's prefill takes on the replica that the queue is for."""
@@ -99,14 +106,13 @@ class Slack:
     late too. No starvation: who waits gains on all who come later.
     """
 
-    __slots__ = ("_entries", "_order", "_prefill_s", "_pushed", "passed")
+    __slots__ = ("_entries", "_order", "_prefill_s", "_pushed")
 
     def __init__(self, prefill_s: Prefill) -> None:
         self._prefill_s = prefill_s
         self._order: list[tuple[float, int, Request]] = []
         self._entries: dict[str, tuple[float, int, Request]] = {}
         self._pushed = 0
-        self.passed = 0
 
     def _key(self, request: Request) -> float:
         return deadline_s(request) - self._prefill_s(request)
@@ -129,6 +135,9 @@ class Slack:
         entry = self._entries.get(request_id)
         return None if entry is None else self._take(entry)
 
+    def turn(self, now: float) -> tuple[bool, float]:
+        return False, self._order[0][0]
+
     def hopeless(self, now: float) -> list[Request]:
         return [request for start_s, _, request in self._order if start_s < now and request.slo.reject_late]
 
@@ -146,7 +155,7 @@ class MooreHodgson(Slack):
     """The most requests in time: Moore and Hodgson's rule over the earliest deadlines (the paper's Algorithm 2).
 
     Requests are taken in order of deadline; whenever one would be late, the longest of those taken is put off. Who is put off
-    waits until nobody can be in time, or for a late one's turn.
+    waits until nobody can be in time; when nobody can be, the oldest goes.
     """
 
     __slots__ = ()
@@ -155,20 +164,19 @@ class MooreHodgson(Slack):
         return deadline_s(request)
 
     def pop(self, now: float) -> Request:
-        late = bisect_left(self._order, (now, -1, None))
-        if self.passed + 1 >= LATE_TURN and late:
-            self.passed = 0
-            return self._take(min(self._order[:LOOKED_AT], key=lambda entry: (entry[2].arrived_s, entry[1])))
-        chosen = self._first_in_time(now)
-        if chosen is None:
-            self.passed = 0
-            return self._take(min(self._order[:LOOKED_AT], key=lambda entry: (entry[2].arrived_s, entry[1])))
-        self.passed += 1
-        return self._take(chosen)
+        return self._take(self._first_in_time(now) or self._oldest())
 
-    def _first_in_time(self, now: float) -> tuple[float, int, Request] | None:
+    def turn(self, now: float) -> tuple[bool, float]:
+        start = bisect_left(self._order, now, key=_due)
+        return (False, self._order[start][0]) if start < len(self._order) else (True, self._oldest()[2].arrived_s)
+
+    def _oldest(self) -> Entry:
+        """Deadlines differ by promise only, so the oldest is among the first of them."""
+        return min(self._order[:LOOKED_AT], key=lambda entry: (entry[2].arrived_s, entry[1]))
+
+    def _first_in_time(self, now: float) -> Entry | None:
         # Entries that are late whatever happens are passed over before any is weighed.
-        start = bisect_left(self._order, (now, -1, None))
+        start = bisect_left(self._order, now, key=_due)
         clock_s = now
         taken: list[tuple[float, int]] = []
         dropped: set[int] = set()
