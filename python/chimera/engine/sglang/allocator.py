@@ -16,6 +16,10 @@ from chimera.kv.slots import SlotAllocator, blocks_to_decode, blocks_to_extend
 
 
 class Gate(Protocol):
+    @property
+    def retracts(self) -> bool:
+        """Whether running requests have to yield now, so that it is worth asking."""
+
     def allows(self, new_tokens: int, requests_left: int) -> bool:
         """Whether the running requests may go on together."""
 

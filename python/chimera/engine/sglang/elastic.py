@@ -127,12 +127,16 @@ class ElasticKv:
         if self.stalled:
             self._turn_away_the_starved(give_back)
 
+    @property
+    def retracts(self) -> bool:
+        return time.monotonic() >= self._retract_at_s
+
     def allows(self, new_tokens: int, requests_left: int) -> bool:
         """Whether the running requests may go on together; asked by SGLang's decode gate after its own check.
 
-        False, when it is time to retract, until those that are left fit into the level; the last is not ours to refuse.
+        Not until those that are left fit into the level; the last is not ours to refuse.
         """
-        if time.monotonic() < self._retract_at_s or requests_left <= 1:
+        if requests_left <= 1:
             return True
         return self._locked_slots() + new_tokens <= self._wanted_stripes * self._owned_pool.layout.slots_per_stripe
 
@@ -182,7 +186,7 @@ class ElasticKv:
 
     def _move_level(self, give_back: GiveBack) -> None:
         pool = self._owned_pool
-        if self._wanted_stripes < pool.staying_stripes and time.monotonic() >= self._retract_at_s:
+        if self._wanted_stripes < pool.staying_stripes and self.retracts:
             self._give_back_the_too_large(give_back)
         goal = max(self._wanted_stripes, self._needed_stripes())
         if goal > pool.staying_stripes:

@@ -119,7 +119,7 @@ def _check_decode_mem(original: Callable[..., bool], batch: Any, selected_indice
     if not original(batch, selected_indices):
         return False
     allocator = batch.token_to_kv_pool_allocator
-    if not isinstance(allocator, ElasticAllocator) or allocator.kv is None:
+    if not isinstance(allocator, ElasticAllocator) or allocator.kv is None or not allocator.kv.retracts:
         return True
     left = len(batch.reqs) if selected_indices is None else len(selected_indices)
     return allocator.kv.allows(batch.new_tokens_required_next_decode(selected_indices), left)
