@@ -51,7 +51,7 @@ class WarmEngine:
 
         Returns the bytes of the image, none if the model has no use for one.
         """
-        if not takes_images(model):
+        if not self.takes_image(model):
             return 0
         with _refusing():
             key = self._key(model)
@@ -78,7 +78,7 @@ class WarmEngine:
     ) -> tuple[Vitals, Image | None]:
         """All of an activation but its check; the image that the weights came from, if they came from one."""
         image = None
-        if len(gpu_ids) == 1 and takes_images(model):
+        if len(gpu_ids) == 1 and self.takes_image(model):
             with _refusing():
                 image = self._image(model, gpu_ids)
         if image is None or image.contents.unfit:
@@ -97,6 +97,9 @@ class WarmEngine:
 
     def deactivate(self) -> None:
         self._bare.deactivate()
+
+    def takes_image(self, model: ModelSpec) -> bool:
+        return takes_images(model)
 
     def ask(self, prompt: tuple[int, ...], tokens: int = CANARY_TOKENS) -> tuple[int, ...]:
         """What the model that is up says, greedily. For whoever has it to himself: nothing else is served meanwhile."""
@@ -131,7 +134,8 @@ class WarmEngine:
     def _build(self, key: ImageKey, model: ModelSpec, gpu_ids: tuple[int, ...]) -> Image:
         """Load as SGLang loads, ask the canary, copy, and try the copy before anybody relies on it."""
         began_s = time.monotonic()
-        _require_whole(_folder(model))
+        if takes_images(model):
+            _require_whole(_folder(model))
         room_bytes = model.kv_bytes(_CANARY_ROOM_TOKENS)
         with witnessed() as witness:
             vitals = self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=room_bytes)
