@@ -21,7 +21,7 @@ from chimera.core.request import Request
 from chimera.core.snapshot import ReplicaView, Snapshot
 from chimera.msg import actions, stream
 from chimera.msg.events import ModelRegistered, ModelRemoved, Outcome
-from chimera.msg.stream import Payload, TokenDelta
+from chimera.msg.stream import Payload, TokenDelta, TokenLogprobs
 from chimera.wire.channel import Channel, Server, connect, serve
 from chimera.wire.codec import Message
 
@@ -63,11 +63,19 @@ def tokens_of(text: str) -> list[int]:
 
 def letters_for(payload: Payload) -> tuple[list[int], Outcome]:
     """What the model says to this prompt, and how that ends."""
-    dice = random.Random(f"{payload.input_ids}")
+    seed = payload.sampling.seed
+    dice = random.Random(f"{payload.input_ids}" if seed is None else f"{payload.input_ids} {seed}")
     wanted = payload.sampling.max_new_tokens
     if wanted < _LONGEST:
         return dice.choices(LETTERS, k=wanted), Outcome.LENGTH
     return [*dice.choices(LETTERS, k=_LONGEST - 1), EOS], Outcome.STOP
+
+
+def likely(token_id: int, alternatives: int) -> TokenLogprobs:
+    """Half a nat for what was said, one more for each that was not."""
+    others = [letter for letter in LETTERS if letter != token_id][: max(0, alternatives - 1)]
+    top = [(one, -0.5 - number) for number, one in enumerate([token_id, *others])] if alternatives else []
+    return TokenLogprobs(token_id, -0.5, tuple(top))
 
 
 T = TypeVar("T")
@@ -97,11 +105,17 @@ class Worker:
         channel.send(message)
 
     async def say(
-        self, request: Request, words: str | list[int], outcome: Outcome | None = None, matched_stop: int | None = None
+        self,
+        request: Request,
+        words: str | list[int],
+        outcome: Outcome | None = None,
+        matched_stop: int | None = None,
+        alternatives: int | None = None,
     ) -> None:
         """The tokens of one step for one request."""
         ids = tokens_of(words) if isinstance(words, str) else words
-        delta = TokenDelta(request.request_id, ids, outcome, matched_stop=matched_stop)
+        logprobs = None if alternatives is None else [likely(token_id, alternatives) for token_id in ids]
+        delta = TokenDelta(request.request_id, ids, outcome, matched_stop=matched_stop, logprobs=logprobs)
         await self.tell(request.front, stream.Tokens(replica=self._replica, epoch=Epoch(1, 1), deltas=[delta]))
 
     async def fail(self, request: Request, code: str, message: str, *, requeue: bool = False) -> None:
@@ -222,8 +236,10 @@ class Rehearsal:
         task.add_done_callback(self._answering.discard)
 
     async def _answer(self, enqueue: stream.Enqueue) -> None:
-        token_ids, outcome = letters_for(msgspec.msgpack.decode(enqueue.payload, type=Payload))
+        payload = msgspec.msgpack.decode(enqueue.payload, type=Payload)
+        token_ids, outcome = letters_for(payload)
         for token_id in token_ids[:-1]:
-            await self.worker.say(enqueue.request, [token_id])
+            await self.worker.say(enqueue.request, [token_id], alternatives=payload.logprobs)
         last = token_ids[-1]
-        await self.worker.say(enqueue.request, [last], outcome, last if outcome is Outcome.STOP else None)
+        matched = last if outcome is Outcome.STOP else None
+        await self.worker.say(enqueue.request, [last], outcome, matched, alternatives=payload.logprobs)

@@ -126,10 +126,10 @@ async def test_errors_are_the_clients_own_classes(client: AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         await client.models.retrieve("org/absent")
     with pytest.raises(openai.BadRequestError) as refused:
-        await client.chat.completions.create(model="m", messages=HI, n=2)
+        await client.completions.create(model="m", prompt="a", best_of=2)
     assert (refused.value.code, refused.value.param, refused.value.type) == (
         "unsupported_parameter",
-        "n",
+        "best_of",
         "invalid_request_error",
     )
 

@@ -17,7 +17,7 @@ import msgspec
 from chimera.core.model import ModelSpec
 from chimera.engine.api import CannotServe, Holding, Limit, Order, Post, Stats, Submission, Vitals, Withdrawal
 from chimera.msg.events import Outcome
-from chimera.msg.stream import TokenDelta
+from chimera.msg.stream import TokenDelta, TokenLogprobs
 
 _LOOK_AGAIN_S = 0.002
 
@@ -172,4 +172,10 @@ class SimulatedEngine:
         if running.tokens_left <= 0:
             outcome = Outcome.LENGTH
             del self._running[running.submission.request_id]
-        return TokenDelta(running.submission.request_id, [token], outcome)
+        logprobs = None if payload.logprobs is None else [_certain(token, payload.logprobs)]
+        return TokenDelta(running.submission.request_id, [token], outcome, logprobs=logprobs)
+
+
+def _certain(token: int, alternatives: int) -> TokenLogprobs:
+    """The rule leaves no doubt: what it says has probability one."""
+    return TokenLogprobs(token, 0.0, ((token, 0.0),) if alternatives else ())

@@ -64,6 +64,13 @@ class ModelTokenizer:
             )
         return self._encode(self._template.render(messages, extra), add_special_tokens=False)
 
+    def spell(self, token_id: int) -> bytes:
+        """One token by itself, a special one too: maybe only a part of a character."""
+        spelled = b"" if self._token_bytes is None else self._token_bytes[token_id]
+        if not spelled:
+            spelled = str(self._tokenizer.decode([token_id], skip_special_tokens=False)).encode()
+        return spelled
+
     def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
         """For the answer to this prompt."""
         if self._token_bytes is not None:

@@ -11,10 +11,11 @@ from typing import Protocol
 
 import msgspec
 
+from chimera.core.model import Slo
 from chimera.core.request import Request
 from chimera.errors import RequestError
 from chimera.msg.events import Outcome
-from chimera.msg.stream import Enqueue, Payload, Sampling, TokenDelta
+from chimera.msg.stream import Enqueue, Payload, Sampling, TokenDelta, TokenLogprobs
 from chimera.parsing.detokenizer import Detokenizer
 from chimera.parsing.stops import StopStrings
 
@@ -41,8 +42,18 @@ class Finish(msgspec.Struct, frozen=True):
     """The token or the string that stopped it."""
 
 
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """What was asked for beside the text itself."""
+
+    sampling: Sampling
+    alternatives: int | None = None
+    """How many other tokens to report beside each, with log-probabilities; `None` reports none."""
+    slo: Slo = Slo()
+    priority: int = 0
+
+
 class Answer:
-    """From the request's acceptance to its end."""
+    """From the request's acceptance to its end. A client's request may want several; `index` is its number among them."""
 
     __slots__ = (
         "_detokenizer",
@@ -52,11 +63,13 @@ class Answer:
         "cached_tokens",
         "emitted",
         "finish",
+        "index",
+        "logprobs",
         "model",
         "prompt_ids",
         "request_id",
-        "sampling",
         "source",
+        "terms",
         "tries",
     )
 
@@ -66,18 +79,22 @@ class Answer:
         request_id: str,
         model: str,
         prompt_ids: list[int],
-        sampling: Sampling,
+        terms: Terms,
         detokenizer: Detokenizer,
         stops: Sequence[str],
         reader: Reader,
         arrived_s: float,
+        index: int = 0,
     ) -> None:
         self.request_id = request_id
         self.model = model
         self.prompt_ids = prompt_ids
-        self.sampling = sampling
+        self.terms = terms
+        self.index = index
         self.arrived_s = arrived_s
         self.emitted: list[int] = []
+        self.logprobs: list[TokenLogprobs] = []
+        """Of the emitted tokens, when they are wanted."""
         self.cached_tokens = 0
         self.finish: Finish | None = None
         self.tries = 0
@@ -94,7 +111,7 @@ class Answer:
 
     @property
     def remaining_tokens(self) -> int:
-        return self.sampling.max_new_tokens - len(self.emitted)
+        return self.terms.sampling.max_new_tokens - len(self.emitted)
 
     @property
     def age_s(self) -> float:
@@ -102,7 +119,7 @@ class Answer:
 
     def enqueue(self, front: str) -> Enqueue:
         """The request as control takes it; tokens already shown are part of the prompt."""
-        prompt_ids, sampling = self.prompt_ids, self.sampling
+        prompt_ids, sampling = self.prompt_ids, self.terms.sampling
         if self.emitted:
             prompt_ids = prompt_ids + self.emitted
             minimum = max(0, sampling.min_new_tokens - len(self.emitted))
@@ -114,15 +131,20 @@ class Answer:
             prompt_tokens=len(prompt_ids),
             max_tokens=sampling.max_new_tokens,
             arrived_s=self.arrived_s,
+            slo=self.terms.slo,
+            priority=self.terms.priority,
             emitted_tokens=len(self.emitted),
             tries=self.tries,
         )
-        return Enqueue(request=request, payload=_encode_payload(Payload(input_ids=prompt_ids, sampling=sampling)))
+        payload = Payload(input_ids=prompt_ids, sampling=sampling, logprobs=self.terms.alternatives)
+        return Enqueue(request=request, payload=_encode_payload(payload))
 
     def take(self, delta: TokenDelta) -> bool:
         """The tokens of one step; says whether a stop string in them ended the answer."""
         token_ids = delta.token_ids
         self.emitted += token_ids
+        if delta.logprobs is not None:
+            self.logprobs += delta.logprobs
         text = self._detokenizer.feed(token_ids)
         if self._stops is not None:
             text = self._stops.feed(text)
@@ -140,6 +162,8 @@ class Answer:
         self.cached_tokens = delta.cached_tokens
         if delta.matched_stop is not None and token_ids and token_ids[-1] == delta.matched_stop:
             token_ids = token_ids[:-1]
+        if delta.logprobs is not None:
+            self.logprobs += delta.logprobs[: len(token_ids)]
         self.end(outcome, token_ids, delta.matched_stop)
 
     def end(self, outcome: Outcome, last_ids: Sequence[int] = (), matched: int | str | None = None) -> None:

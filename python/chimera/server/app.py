@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -20,7 +20,7 @@ from chimera.core.replica import ReplicaState
 from chimera.errors import RequestError
 from chimera.msg.stream import Sampling
 from chimera.server import intake
-from chimera.server.answer import Answer
+from chimera.server.answer import Answer, Terms
 from chimera.server.catalogue import Catalogue
 from chimera.server.desk import Desk
 from chimera.server.errors import error_response, refusal_response
@@ -73,30 +73,38 @@ class App:
         stops = intake.stop_strings(wish.stop)
         spec = self._catalogue.resolve(wish.model)
         tokenizer = await self._catalogue.tokenizer(spec)
-        prompt_ids = await _aside(len(body), partial(wish.prompt_ids, tokenizer))
-        sampling = wish.sampling(intake.room_for_answer(spec, wish, len(prompt_ids)))
+        prompts = await _aside(len(body), partial(wish.prompts, tokenizer))
+        terms = intake.terms(spec, wish, prompts)
         request_id = uuid.uuid4().hex
-        dialect = wish.dialect(request_id)
-        reader = EventStream(dialect) if wish.stream else WholeBody(dialect)
-        answer = Answer(
-            request_id=request_id,
-            model=spec.name,
-            prompt_ids=prompt_ids,
-            sampling=sampling,
-            detokenizer=tokenizer.detokenizer(prompt_ids),
-            stops=stops,
-            reader=reader,
-            arrived_s=arrived_s,
-        )
-        return await self._wait_for(answer, reader.respond(http, {"x-request-id": request_id}))
+        dialect = wish.dialect(request_id, tokenizer)
+        reader = EventStream(dialect, len(terms)) if wish.stream else WholeBody(dialect, len(terms))
+        answers = []
+        for index, one in enumerate(terms):
+            prompt_ids = prompts[index // wish.choices]
+            answers.append(
+                Answer(
+                    request_id=f"{request_id}-{index}" if index else request_id,
+                    model=spec.name,
+                    prompt_ids=prompt_ids,
+                    terms=one,
+                    detokenizer=tokenizer.detokenizer(prompt_ids),
+                    stops=stops,
+                    reader=reader,
+                    arrived_s=arrived_s,
+                    index=index,
+                )
+            )
+        return await self._wait_for(answers, reader.respond(http, {"x-request-id": request_id}))
 
-    async def _wait_for(self, answer: Answer, response: Awaitable[T]) -> T:
-        """As long as the client does: aiohttp cancels this when it leaves, and then the answer is withdrawn."""
-        self._desk.submit(answer)
+    async def _wait_for(self, answers: Sequence[Answer], response: Awaitable[T]) -> T:
+        """As long as the client does: aiohttp cancels this when it leaves, and then the answers are withdrawn."""
+        for answer in answers:
+            self._desk.submit(answer)
         try:
             return await response
         finally:
-            self._desk.withdraw(answer)
+            for answer in answers:
+                self._desk.withdraw(answer)
 
     # What there is, and how it does.
 
@@ -128,7 +136,7 @@ class App:
             request_id=uuid.uuid4().hex,
             model=spec.name,
             prompt_ids=prompt_ids,
-            sampling=Sampling(max_new_tokens=1, temperature=0.0),
+            terms=Terms(sampling=Sampling(max_new_tokens=1, temperature=0.0)),
             detokenizer=tokenizer.detokenizer(prompt_ids),
             stops=(),
             reader=token,
@@ -136,7 +144,7 @@ class App:
         )
         try:
             async with asyncio.timeout(_PROBE_WITHIN_S):
-                await self._wait_for(answer, token.came)
+                await self._wait_for([answer], token.came)
         except TimeoutError:
             raise RequestError("gateway_timeout", f"{spec.name} made no token within {_PROBE_WITHIN_S:g} s") from None
         return _json_response({"status": "ok", "model": spec.name, "seconds": answer.age_s})

@@ -51,6 +51,11 @@ def error_body(error: RequestError) -> bytes:
     return msgspec.json.encode(_Body(_Detail(error.message, _type_of(_status_of(error)), error.param, error.code)))
 
 
+def error_event(error: RequestError) -> bytes:
+    """The event that ends a stream of OpenAI's or SGLang's kind."""
+    return b"data: %b\n\n" % error_body(error)
+
+
 def error_response(error: RequestError) -> web.Response:
     headers = {}
     if error.retry_after_s is not None:

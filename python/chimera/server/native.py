@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
 
 from chimera.errors import RequestError
 from chimera.msg.events import Outcome
-from chimera.msg.stream import Sampling
+from chimera.msg.stream import Sampling, TokenLogprobs
 from chimera.parsing.tokenizer import ModelTokenizer
 from chimera.server import intake
 from chimera.server.answer import Answer
-from chimera.server.intake import Count, Nucleus, Penalty, Positive, Repetition, Seed, Share, Temperature, TopK
+from chimera.server.errors import error_event
+from chimera.server.intake import (
+    Alternatives,
+    Choices,
+    Count,
+    Nucleus,
+    OurWords,
+    Penalty,
+    Positive,
+    Repetition,
+    Seed,
+    Share,
+    Temperature,
+    TopK,
+)
 from chimera.server.readers import Dialect
 
 _json = msgspec.json.Encoder().encode
@@ -33,8 +48,8 @@ class NativeSampling(msgspec.Struct, frozen=True, kw_only=True):
     stop: str | list[str] | None = None
     stop_token_ids: list[Count] | None = None
     ignore_eos: bool = False
+    n: Choices = 1
     # Known, and not served yet.
-    n: Any = None
     regex: Any = None
     json_schema: Any = None
     ebnf: Any = None
@@ -58,7 +73,7 @@ class NativeSampling(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+class GenerateRequest(OurWords, frozen=True, kw_only=True):
     model: str | None = None
     """May be left out while there is only one."""
     text: str | list[Any] | None = None
@@ -66,16 +81,25 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling_params: NativeSampling = NativeSampling()
     stream: bool = False
     rid: str | None = None
+    return_logprob: bool = False
+    top_logprobs_num: Alternatives = 0
+    return_text_in_logprobs: bool = False
     # Known, and not served yet.
-    return_logprob: Any = None
+    logprob_start_len: Any = None
     lora_path: Any = None
     image_data: Any = None
     input_embeds: Any = None
 
     def check(self) -> None:
-        unsupported = {"return_logprob": (False,), "lora_path": (), "image_data": ([],), "input_embeds": ()}
+        unsupported = {"logprob_start_len": (-1,), "lora_path": (), "image_data": ([],), "input_embeds": ()}
         intake.refuse_unsupported(self, unsupported)
-        nothing = {"n": (1,), "regex": (), "json_schema": (), "ebnf": (), "structural_tag": (), "logit_bias": ({},)}
+        nothing: dict[str, tuple[Any, ...]] = {
+            "regex": (),
+            "json_schema": (),
+            "ebnf": (),
+            "structural_tag": (),
+            "logit_bias": ({},),
+        }
         intake.refuse_unsupported(self.sampling_params, nothing)
 
     @property
@@ -90,14 +114,22 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     def stop(self) -> str | list[str] | None:
         return self.sampling_params.stop
 
-    def prompt_ids(self, tokenizer: ModelTokenizer) -> list[int]:
-        return intake.prompt_ids(tokenizer, self._prompt(), param=self.prompt_field)
+    @property
+    def choices(self) -> int:
+        return self.sampling_params.n
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.top_logprobs_num if self.return_logprob else None
+
+    def prompts(self, tokenizer: ModelTokenizer) -> list[list[int]]:
+        return [intake.prompt_ids(tokenizer, self._prompt(), param=self.prompt_field)]
 
     def sampling(self, max_new_tokens: int) -> Sampling:
         return self.sampling_params.sampling(max_new_tokens)
 
-    def dialect(self, request_id: str) -> Dialect:
-        return NativeDialect(self.rid or request_id)
+    def dialect(self, request_id: str, tokenizer: ModelTokenizer) -> Dialect:
+        return NativeDialect(self, self.rid or request_id, tokenizer)
 
     def _prompt(self) -> str | list[int]:
         if (self.text is None) == (self.input_ids is None):
@@ -114,22 +146,34 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
 class NativeDialect:
     """How `/generate` answers."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, request: GenerateRequest, name: str, tokenizer: ModelTokenizer) -> None:
+        self._several = request.choices > 1
+        self._alternatives = request.alternatives
+        self._with_text = request.return_text_in_logprobs
         self._name = name
-        self._text = ""
+        self._tokenizer = tokenizer
+        self._texts = [""] * request.choices
 
     def piece(self, text: str, answer: Answer) -> bytes:
-        self._text += text
-        return b"data: %b\n\n" % self._state(self._text, answer)
+        self._texts[answer.index] += text
+        state = self._state(self._texts[answer.index], answer)
+        return b"data: %b\n\n" % _json({**state, "index": answer.index} if self._several else state)
 
     def close(self, text: str, answer: Answer) -> bytes:
-        return self.piece(text, answer) + _DONE
+        return self.piece(text, answer)
 
-    def whole(self, text: str, answer: Answer) -> bytes:
-        return self._state(text, answer)
+    def done(self, answers: Sequence[Answer]) -> bytes:
+        return _DONE
 
-    def _state(self, text: str, answer: Answer) -> bytes:
-        meta = {
+    def failure(self, error: RequestError) -> bytes:
+        return error_event(error)
+
+    def whole(self, texts: Sequence[str], answers: Sequence[Answer]) -> bytes:
+        states = [self._state(text, answer) for text, answer in zip(texts, answers, strict=True)]
+        return _json(states if self._several else states[0])
+
+    def _state(self, text: str, answer: Answer) -> dict[str, Any]:
+        meta: dict[str, Any] = {
             "id": self._name,
             "finish_reason": _finish_reason(answer),
             "prompt_tokens": len(answer.prompt_ids),
@@ -137,7 +181,18 @@ class NativeDialect:
             "cached_tokens": answer.cached_tokens,
             "e2e_latency": answer.age_s,
         }
-        return _json({"text": text, "output_ids": answer.emitted, "meta_info": meta})
+        if self._alternatives is not None:
+            meta["output_token_logprobs"] = [self._told(e.logprob, e.token_id) for e in answer.logprobs]
+            if self._alternatives:
+                meta["output_top_logprobs"] = [self._told_top(entry) for entry in answer.logprobs]
+        return {"text": text, "output_ids": answer.emitted, "meta_info": meta}
+
+    def _told_top(self, entry: TokenLogprobs) -> list[tuple[float, int, str | None]]:
+        return [self._told(logprob, token_id) for token_id, logprob in entry.top]
+
+    def _told(self, logprob: float, token_id: int) -> tuple[float, int, str | None]:
+        text = self._tokenizer.spell(token_id).decode(errors="replace") if self._with_text else None
+        return logprob, token_id, text
 
 
 def _finish_reason(answer: Answer) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ An event of a stream is a head and a tail that are the same for the whole stream
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -15,7 +16,22 @@ from chimera.msg.stream import Sampling
 from chimera.parsing.tokenizer import ModelTokenizer
 from chimera.server import intake
 from chimera.server.answer import Answer
-from chimera.server.intake import Count, Nucleus, Penalty, Positive, Repetition, Seed, Share, Temperature, TopK
+from chimera.server.errors import error_event
+from chimera.server.intake import (
+    Alternatives,
+    Choices,
+    Count,
+    Nucleus,
+    OurWords,
+    Penalty,
+    Positive,
+    Repetition,
+    Seed,
+    Share,
+    Temperature,
+    TopK,
+)
+from chimera.server.logprobs import Teller
 from chimera.server.readers import Dialect
 
 _json = msgspec.json.Encoder().encode
@@ -24,9 +40,7 @@ _MARK = "\N{SYMBOL FOR UNIT SEPARATOR}"
 """Stands for the text while an event's head and tail are made; never sent."""
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
     "best_of": (1,),
-    "logprobs": (False,),
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
     "tools": ([],),
@@ -35,7 +49,6 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "modalities": (["text"],),
     "audio": (),
-    "top_logprobs": (0,),
     "echo": (False,),
     "suffix": ("",),
 }
@@ -46,7 +59,7 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
     include_usage: bool = False
 
 
-class _Request(msgspec.Struct, frozen=True, kw_only=True):
+class _Request(OurWords, frozen=True, kw_only=True):
     """What both kinds of completion have. After OpenAI's own words come those of SGLang and vLLM."""
 
     model: str
@@ -65,10 +78,13 @@ class _Request(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: Count | None = None
     stop_token_ids: list[Count] | None = None
     ignore_eos: bool | None = None
+    n: Choices | None = None
     # Known, and not served yet.
-    n: Any = None
-    logprobs: Any = None
     logit_bias: Any = None
+
+    @property
+    def choices(self) -> int:
+        return self.n or 1
 
     @property
     def include_usage(self) -> bool:
@@ -114,8 +130,9 @@ class ChatRequest(_Request, frozen=True, kw_only=True):
     messages: list[Message]
     max_completion_tokens: Positive | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Alternatives | None = None
     # Known, and not served yet.
-    top_logprobs: Any = None
     response_format: Any = None
     tools: Any = None
     tool_choice: Any = None
@@ -132,11 +149,20 @@ class ChatRequest(_Request, frozen=True, kw_only=True):
     def prompt_field(self) -> str:
         return "messages"
 
-    def prompt_ids(self, tokenizer: ModelTokenizer) -> list[int]:
-        return tokenizer.encode_chat(self._plain_messages(), self.chat_template_kwargs)
+    @property
+    def alternatives(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
 
-    def dialect(self, request_id: str) -> Dialect:
-        return ChatDialect(self, request_id)
+    def check(self) -> None:
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("bad_request", "top_logprobs: needs logprobs", param="top_logprobs")
+
+    def prompts(self, tokenizer: ModelTokenizer) -> list[list[int]]:
+        return [tokenizer.encode_chat(self._plain_messages(), self.chat_template_kwargs)]
+
+    def dialect(self, request_id: str, tokenizer: ModelTokenizer) -> Dialect:
+        return ChatDialect(self, request_id, tokenizer)
 
     def _plain_messages(self) -> list[dict[str, Any]]:
         """As chat templates take them: fields that were given, and the content of each as one text."""
@@ -147,6 +173,7 @@ class ChatRequest(_Request, frozen=True, kw_only=True):
 
 class CompletionRequest(_Request, frozen=True, kw_only=True):
     prompt: str | list[str | int | list[int]]
+    logprobs: Alternatives | bool | None = None
     # Known, and not served yet.
     best_of: Any = None
     echo: Any = None
@@ -160,122 +187,163 @@ class CompletionRequest(_Request, frozen=True, kw_only=True):
     def prompt_field(self) -> str:
         return "prompt"
 
-    def prompt_ids(self, tokenizer: ModelTokenizer) -> list[int]:
-        return intake.prompt_ids(tokenizer, self._plain_prompt(), param="prompt")
+    @property
+    def alternatives(self) -> int | None:
+        return None if self.logprobs is None or self.logprobs is False else int(self.logprobs)
 
-    def dialect(self, request_id: str) -> Dialect:
-        return CompletionDialect(self, request_id)
+    def prompts(self, tokenizer: ModelTokenizer) -> list[list[int]]:
+        return [intake.prompt_ids(tokenizer, prompt, param="prompt") for prompt in self._plain_prompts()]
 
-    def _plain_prompt(self) -> str | list[int]:
-        """One text, or the tokens of one. A list of one prompt is that prompt."""
+    def dialect(self, request_id: str, tokenizer: ModelTokenizer) -> Dialect:
+        return CompletionDialect(self, request_id, tokenizer)
+
+    def _plain_prompts(self) -> list[str | list[int]]:
+        """Each a text or its tokens. A list of numbers is one prompt."""
         prompt = self.prompt
         if isinstance(prompt, str):
-            return prompt
+            return [prompt]
         tokens = [item for item in prompt if isinstance(item, int)]
-        if prompt and len(tokens) == len(prompt):
-            return tokens
-        match prompt:
-            case [str(only)] | [list(only)]:
-                return only
-            case []:
-                raise RequestError("bad_request", "prompt: the prompt is empty", param="prompt")
-            case _:
-                raise RequestError("unsupported_parameter", "prompt: one prompt in a request, not several", param="prompt")
+        if not prompt:
+            raise RequestError("bad_request", "prompt: the prompt is empty", param="prompt")
+        if len(tokens) == len(prompt):
+            return [tokens]
+        if tokens:
+            raise RequestError("bad_request", "prompt: either tokens or prompts, not both in one list", param="prompt")
+        return [item for item in prompt if not isinstance(item, int)]
 
 
 class ChatDialect:
     """How `/v1/chat/completions` answers."""
 
-    def __init__(self, request: ChatRequest, request_id: str) -> None:
-        self._card = _Card(request, f"chatcmpl-{request_id}")
-        self._head, self._tail = self._card.event_frame(
-            "chat.completion.chunk", {"delta": {"content": _MARK}, "logprobs": None}
-        )
-        self._first = True
+    def __init__(self, request: ChatRequest, request_id: str, tokenizer: ModelTokenizer) -> None:
+        self._card = _Card(request, f"chatcmpl-{request_id}", "chat.completion.chunk")
+        self._teller = None if request.alternatives is None else Teller(tokenizer, request.choices)
+        self._frames = [
+            self._card.event_frame(index, {"delta": {"content": _MARK}, "logprobs": None}) for index in range(request.choices)
+        ]
+        self._unopened = set(range(request.choices))
 
     def piece(self, text: str, answer: Answer) -> bytes:
-        event = b"%b%b%b" % (self._head, _json(text), self._tail)
-        return self._opening() + event if self._first else event
+        index = answer.index
+        if self._teller is not None:
+            event = self._card.event(index, {"delta": {"content": text}, "logprobs": self._teller.chat(answer)})
+        else:
+            head, tail = self._frames[index]
+            event = b"%b%b%b" % (head, _json(text), tail)
+        return self._opening(index) + event if self._unopened else event
 
     def close(self, text: str, answer: Answer) -> bytes:
-        opening = self._opening() if self._first else b""
-        last = b"%b%b%b" % (self._head, _json(text), self._tail) if text else b""
-        return opening + last + self._card.closing("chat.completion.chunk", {"delta": {}, "logprobs": None}, answer)
+        last = self.piece(text, answer) if text else self._opening(answer.index)
+        logprobs = None if self._teller is None else self._teller.chat(answer)
+        return last + self._card.event(answer.index, {"delta": {}, "logprobs": logprobs}, _reason(answer))
 
-    def whole(self, text: str, answer: Answer) -> bytes:
-        message = {"role": "assistant", "content": text, "refusal": None}
-        return self._card.body("chat.completion", {"message": message, "logprobs": None}, answer)
+    def done(self, answers: Sequence[Answer]) -> bytes:
+        return self._card.closing(answers)
 
-    def _opening(self) -> bytes:
-        self._first = False
-        choice = {"delta": {"role": "assistant", "content": ""}, "logprobs": None}
-        return self._card.event("chat.completion.chunk", choice)
+    def failure(self, error: RequestError) -> bytes:
+        return error_event(error)
+
+    def whole(self, texts: Sequence[str], answers: Sequence[Answer]) -> bytes:
+        choices = []
+        for text, answer in zip(texts, answers, strict=True):
+            message = {"role": "assistant", "content": text, "refusal": None}
+            choices.append({"message": message, "logprobs": None if self._teller is None else self._teller.chat(answer)})
+        return self._card.body("chat.completion", choices, answers)
+
+    def _opening(self, index: int) -> bytes:
+        if index not in self._unopened:
+            return b""
+        self._unopened.discard(index)
+        return self._card.event(index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None})
 
 
 class CompletionDialect:
     """How `/v1/completions` answers."""
 
-    def __init__(self, request: CompletionRequest, request_id: str) -> None:
-        self._card = _Card(request, f"cmpl-{request_id}")
-        self._head, self._tail = self._card.event_frame("text_completion", {"text": _MARK, "logprobs": None})
+    def __init__(self, request: CompletionRequest, request_id: str, tokenizer: ModelTokenizer) -> None:
+        self._card = _Card(request, f"cmpl-{request_id}", "text_completion")
+        self._request = request
+        self._teller = None if request.alternatives is None else Teller(tokenizer, intake.MOST_ANSWERS)
+        self._frames: dict[int, tuple[bytes, bytes]] = {}
 
     def piece(self, text: str, answer: Answer) -> bytes:
-        return b"%b%b%b" % (self._head, _json(text), self._tail)
+        if self._teller is not None:
+            return self._card.event(answer.index, {"text": text, "logprobs": self._teller.completion(answer)})
+        frame = self._frames.get(answer.index)
+        if frame is None:
+            frame = self._frames[answer.index] = self._card.event_frame(answer.index, {"text": _MARK, "logprobs": None})
+        return b"%b%b%b" % (frame[0], _json(text), frame[1])
 
     def close(self, text: str, answer: Answer) -> bytes:
-        return self._card.closing("text_completion", {"text": text, "logprobs": None}, answer)
+        return self._card.event(answer.index, {"text": text, "logprobs": self._logprobs(answer)}, _reason(answer))
 
-    def whole(self, text: str, answer: Answer) -> bytes:
-        return self._card.body("text_completion", {"text": text, "logprobs": None}, answer)
+    def done(self, answers: Sequence[Answer]) -> bytes:
+        return self._card.closing(answers)
+
+    def failure(self, error: RequestError) -> bytes:
+        return error_event(error)
+
+    def whole(self, texts: Sequence[str], answers: Sequence[Answer]) -> bytes:
+        pairs = zip(texts, answers, strict=True)
+        choices = [{"text": text, "logprobs": self._logprobs(answer)} for text, answer in pairs]
+        return self._card.body("text_completion", choices, answers)
+
+    def _logprobs(self, answer: Answer) -> dict[str, Any] | None:
+        return None if self._teller is None else self._teller.completion(answer)
 
 
 class _Card:
-    """What every event and body of one answer repeats."""
+    """What every event and body of one request repeats."""
 
-    def __init__(self, request: _Request, name: str) -> None:
+    def __init__(self, request: _Request, name: str, kind: str) -> None:
         self._name = name
+        self._kind = kind
         self._model = request.model
         self._created = int(time.time())
+        self._choices = request.choices
         self._include_usage = request.stream and request.include_usage
 
-    def event_frame(self, kind: str, choice: dict[str, Any]) -> tuple[bytes, bytes]:
+    def event_frame(self, index: int, choice: dict[str, Any]) -> tuple[bytes, bytes]:
         """The bytes before and after the text of an event."""
-        head, _, tail = self.event(kind, choice).rpartition(_json(_MARK))
+        head, _, tail = self.event(index, choice).rpartition(_json(_MARK))
         return head, tail
 
-    def event(self, kind: str, choice: dict[str, Any], finish_reason: str | None = None) -> bytes:
-        chunk = self._object(kind, [{"index": 0, **choice, "finish_reason": finish_reason}])
+    def event(self, index: int, choice: dict[str, Any], finish_reason: str | None = None) -> bytes:
+        chunk = self._object(self._kind, [{"index": index, **choice, "finish_reason": finish_reason}])
         if self._include_usage:
             chunk["usage"] = None
         return b"data: %b\n\n" % _json(chunk)
 
-    def closing(self, kind: str, choice: dict[str, Any], answer: Answer) -> bytes:
-        """The event with the reason, the one with the usage if asked for, and the mark of the end."""
-        last = self.event(kind, choice, _reason(answer))
+    def closing(self, answers: Sequence[Answer]) -> bytes:
+        """The event with the usage if it was asked for, and the mark of the end."""
         if not self._include_usage:
-            return last + _DONE
-        return b"%bdata: %b\n\n%b" % (last, _json({**self._object(kind, []), "usage": _usage(answer)}), _DONE)
+            return _DONE
+        return b"data: %b\n\n%b" % (_json({**self._object(self._kind, []), "usage": self._usage(answers)}), _DONE)
 
-    def body(self, kind: str, choice: dict[str, Any], answer: Answer) -> bytes:
-        choices = [{"index": 0, **choice, "finish_reason": _reason(answer)}]
-        return _json({**self._object(kind, choices), "usage": _usage(answer)})
+    def body(self, kind: str, choices: Sequence[dict[str, Any]], answers: Sequence[Answer]) -> bytes:
+        told = [
+            {"index": answer.index, **choice, "finish_reason": _reason(answer)}
+            for choice, answer in zip(choices, answers, strict=True)
+        ]
+        return _json({**self._object(kind, told), "usage": self._usage(answers)})
 
     def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self._name, "object": kind, "created": self._created, "model": self._model, "choices": choices}
 
+    def _usage(self, answers: Sequence[Answer]) -> dict[str, Any]:
+        """Of all answers; a prompt with several answers counts once."""
+        prompt = sum(len(answer.prompt_ids) for answer in answers if answer.index % self._choices == 0)
+        completion = sum(len(answer.emitted) for answer in answers)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(answer.cached_tokens for answer in answers)},
+        }
+
 
 def _reason(answer: Answer) -> str | None:
     return None if answer.finish is None else answer.finish.reason.value
-
-
-def _usage(answer: Answer) -> dict[str, Any]:
-    prompt, completion = len(answer.prompt_ids), len(answer.emitted)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": answer.cached_tokens},
-    }
 
 
 def _plain(content: str | list[Part] | None, where: str) -> str:

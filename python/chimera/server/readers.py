@@ -7,14 +7,13 @@ token anything between the two would cost more than the event. Knows no dialect:
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from aiohttp import HttpVersion11, web
 
 from chimera.errors import RequestError
 from chimera.server.answer import Answer
-from chimera.server.errors import error_body
 
 _MAX_UNREAD_BYTES = 4 << 20
 """What a client may leave unread before it is taken for gone: some twenty thousand tokens."""
@@ -28,20 +27,28 @@ class Dialect(Protocol):
         """An event with new text."""
 
     def close(self, text: str, answer: Answer) -> bytes:
-        """The last events: the last text, which may be empty, how the answer ended, and the mark of the end."""
+        """The last events of one answer: its last text, which may be empty, and how it ended."""
 
-    def whole(self, text: str, answer: Answer) -> bytes:
-        """The body of an answer that is not streamed."""
+    def done(self, answers: Sequence[Answer]) -> bytes:
+        """What a stream says when all its answers have ended."""
+
+    def failure(self, error: RequestError) -> bytes:
+        """The event that ends a stream before its answers have."""
+
+    def whole(self, texts: Sequence[str], answers: Sequence[Answer]) -> bytes:
+        """The body of answers that are not streamed."""
 
 
 class EventStream:
     """Server-sent events. The headers wait for the first of them, so that a request that fails before has its status."""
 
-    __slots__ = ("_begun", "_chunked", "_dialect", "_early", "_ended", "_transport")
+    __slots__ = ("_begun", "_chunked", "_closed", "_dialect", "_early", "_ended", "_expected", "_transport")
 
-    def __init__(self, dialect: Dialect) -> None:
+    def __init__(self, dialect: Dialect, expected: int = 1) -> None:
         loop = asyncio.get_running_loop()
         self._dialect = dialect
+        self._expected = expected
+        self._closed: list[Answer] = []
         self._transport: asyncio.WriteTransport | None = None
         self._chunked = False
         self._early = bytearray()
@@ -64,17 +71,27 @@ class EventStream:
         return response
 
     def text(self, text: str, answer: Answer) -> None:
-        self._write(self._dialect.piece(text, answer))
+        if not self._ended.done():  # else one answer has failed, and the connection may be another request's by now
+            self._write(self._dialect.piece(text, answer))
 
     def end(self, text: str, answer: Answer) -> None:
-        self._write(self._dialect.close(text, answer))
-        _settle(self._ended)
+        if self._ended.done():
+            return
+        self._closed.append(answer)
+        last = self._dialect.close(text, answer)
+        if len(self._closed) < self._expected:
+            self._write(last)
+        else:
+            self._write(last + self._dialect.done(self._closed))
+            _settle(self._ended)
 
     def fail(self, error: RequestError) -> None:
+        """One failed answer ends them all."""
         if not self._begun.done():
             self._begun.set_exception(error)
-        else:
-            self._write(b"data: %b\n\n" % error_body(error))
+            self._ended.cancel()
+        elif not self._ended.done():
+            self._write(self._dialect.failure(error))
             _settle(self._ended)
 
     def _write(self, events: bytes) -> None:
@@ -89,23 +106,26 @@ class EventStream:
 
 
 class WholeBody:
-    """The answer in one piece."""
+    """The answers in one piece."""
 
-    def __init__(self, dialect: Dialect) -> None:
+    def __init__(self, dialect: Dialect, expected: int = 1) -> None:
         self._dialect = dialect
-        self._pieces: list[str] = []
+        self._pieces: list[list[str]] = [[] for _ in range(expected)]
+        self._closed: list[Answer] = []
         self._body: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
 
     async def respond(self, http: web.Request, headers: Mapping[str, str]) -> web.StreamResponse:
         return web.Response(body=await self._body, content_type="application/json", headers=headers)
 
     def text(self, text: str, answer: Answer) -> None:
-        self._pieces.append(text)
+        self._pieces[answer.index].append(text)
 
     def end(self, text: str, answer: Answer) -> None:
-        self._pieces.append(text)
-        if not self._body.done():
-            self._body.set_result(self._dialect.whole("".join(self._pieces), answer))
+        self._pieces[answer.index].append(text)
+        self._closed.append(answer)
+        if len(self._closed) == len(self._pieces) and not self._body.done():
+            answers = sorted(self._closed, key=lambda one: one.index)
+            self._body.set_result(self._dialect.whole(["".join(pieces) for pieces in self._pieces], answers))
 
     def fail(self, error: RequestError) -> None:
         if not self._body.done():
