@@ -130,9 +130,11 @@ class _ImageLoader(loaders.BaseModelLoader):  # type: ignore[misc]
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
         # The bytes are on their way while the skeleton is made.
         run = self._copier.begin(self._image, torch.device(device_config.device))
-        model = skeleton(model_config, self.load_config)
-        bind(model, self._image, run)
-        self._copier.finish()
+        try:
+            model = skeleton(model_config, self.load_config)
+            bind(model, self._image, run)
+        finally:
+            self._copier.finish()
         return model.eval()
 
 
