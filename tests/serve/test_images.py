@@ -40,7 +40,7 @@ def test_a_servers_own_folder_in_shared_memory_goes_with_it(tmp_path: Path) -> N
         return set(Path("/dev/shm").glob("chimera-images-*"))
 
     before = folders()
-    with house(file, "--engine", "sglang", "--workers-per-gpu", "2", ready=False) as served:
+    with house(file, "--engine", "sglang", "--enable-worker-pool", "--workers-per-gpu", "2", ready=False) as served:
         until(lambda: served.address[1], "the server to be ready", START_S)
         (mine,) = folders() - before
         assert list(mine.glob("*.image"))

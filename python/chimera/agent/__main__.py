@@ -27,6 +27,7 @@ def main() -> int:
     parser.add_argument("--elastic", action="store_true", help="replicas share what a GPU has beside their weights")
     parser.add_argument("--spare-workers", type=int, default=0, metavar="N", help="keep so many EMPTY workers ready")
     parser.add_argument("--prepare", type=Path, metavar="FILE", help="models, as JSON, to prepare while nothing is loading")
+    parser.add_argument("--prepare-at-once", type=int, default=1, metavar="N", help="so many of them at a time")
     parser.add_argument("--decisions", type=Path, help="write every decision to this file")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
@@ -46,6 +47,7 @@ def main() -> int:
             elastic=arguments.elastic,
             spare_workers=arguments.spare_workers,
             prepare=prepare,
+            prepare_at_once=arguments.prepare_at_once,
             decisions=decisions,
         )
         await agent.start()

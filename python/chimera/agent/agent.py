@@ -63,6 +63,7 @@ class Agent:
         elastic: bool = False,
         spare_workers: int = 0,
         prepare: Sequence[ModelSpec] = (),
+        prepare_at_once: int = 1,
         decisions: Callable[[bytes], object] | None = None,
     ) -> None:
         self.name = name
@@ -84,6 +85,7 @@ class Agent:
         self._timer: asyncio.TimerHandle | None = None
         self._to_prepare = deque(prepare)
         """Models whose first activation shall not have to wait for what can be done before."""
+        self._prepare_at_once = prepare_at_once
         self._prepare_timer: asyncio.TimerHandle | None = None
         self._stopping = False
         self._pool = WorkerPool(
@@ -179,12 +181,14 @@ class Agent:
         self._prepare_next()
 
     def _prepare_next(self) -> None:
-        """One at a time, and while nobody waits for a model that is being brought up."""
+        """A few at a time, and while nobody waits for a model that is being brought up."""
         loading = any(tenant.state is ReplicaState.LOADING for tenant in self.scheduler.tenants())
-        if self._stopping or loading or not self._to_prepare or any(worker.chore for worker in self._pool):
+        if self._stopping or loading:
             return
-        gpu_id = self._joined.gpus[0].gpu_id
-        self._pool.prepare(stream.Prepare(model=self._to_prepare.popleft(), gpu_ids=(gpu_id,)))
+        at_it = sum(worker.chore is not None for worker in self._pool)
+        for _ in range(min(self._prepare_at_once - at_it, len(self._to_prepare))):
+            chore = stream.Prepare(model=self._to_prepare.popleft(), gpu_ids=(self._joined.gpus[0].gpu_id,))
+            self._pool.prepare(chore)
 
     def _note_preparation(self, message: stream.Prepared) -> None:
         if message.fault:

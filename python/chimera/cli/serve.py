@@ -36,16 +36,38 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-dir", type=Path, help="keep a log of each process, and every decision, in this folder")
     parser.add_argument("--run-dir", type=Path, help="where the sockets go (default: a new private folder)")
     parser.add_argument(
-        "--workers-per-gpu", type=int, default=0, metavar="N", help="EMPTY workers kept ready per GPU (default: %(default)s)"
+        "--async-loading", action="store_true", help="say where it listens as soon as it does; requests wait for their models"
     )
+    _configure_workers(parser)
     images.configure(parser)
+
+
+def _configure_workers(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--enable-worker-pool",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep EMPTY workers ready, so that no model waits for a new process (default: %(default)s)",
+    )
+    parser.add_argument("--workers-per-gpu", type=int, default=1, metavar="N", help="so many of them (default: %(default)s)")
+    parser.add_argument(
+        "--enable-model-service",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="with shared weights, build those of models that are off while the others serve (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--num-model-service-workers", type=int, default=1, metavar="N", help="so many at a time (default: %(default)s)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.fronts <= 64:
         raise ConfigError.single("--fronts", f"{arguments.fronts} front-ends: 1 to 64 are possible")
-    if not 0 <= arguments.workers_per_gpu <= 64:
-        raise ConfigError.single("--workers-per-gpu", f"{arguments.workers_per_gpu} workers: 0 to 64 are possible")
+    for flag in ("--workers-per-gpu", "--num-model-service-workers"):
+        count = getattr(arguments, flag[2:].replace("-", "_"))
+        if not 1 <= count <= 64:
+            raise ConfigError.single(flag, f"{count} workers: 1 to 64 are possible")
     deployment = _deployment(arguments)
     _make_log_dir(arguments.log_dir)
     with images.images_of(arguments, deployment.models, _say) as shared:
@@ -55,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _service(arguments: argparse.Namespace, deployment: Deployment, shared: images.Images | None) -> Service:
     seated = {seat.replica.model for seat in deployment.placement.seats}
     # On a real GPU an image is built in the memory of that GPU, which nobody has set aside for it before an activation.
-    beforehand = shared is not None and all(gpu.virtual for gpu in deployment.gpus)
+    beforehand = arguments.enable_model_service and shared is not None and all(gpu.virtual for gpu in deployment.gpus)
     return Service(
         models=deployment.models,
         wanted=deployment.placement,
@@ -70,7 +92,9 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         log_dir=arguments.log_dir,
         run_dir=arguments.run_dir,
         images=shared,
-        spare_workers=arguments.workers_per_gpu * len(deployment.gpus),
+        async_loading=arguments.async_loading,
+        spare_workers=arguments.workers_per_gpu * len(deployment.gpus) if arguments.enable_worker_pool else 0,
+        prepare_at_once=arguments.num_model_service_workers,
         prepare=tuple(model for model in deployment.models if beforehand and model.name not in seated),
     )
 

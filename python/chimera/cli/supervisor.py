@@ -72,6 +72,9 @@ class Service:
     spare_workers: int = 0
     prepare: tuple[ModelSpec, ...] = ()
     """Models to have an image of, before anybody asks for them."""
+    prepare_at_once: int = 1
+    async_loading: bool = False
+    """Where it listens is said before the models are there."""
 
 
 class Child:
@@ -149,6 +152,8 @@ class Supervisor:
             self._preloaded = True
             self._say(f"engine preloaded ({self._elapsed})")
             await self._fronts_ready(port)
+            if self._service.async_loading:
+                self._say(f"listening on {self._url(port)}, models come one by one")
             await self._settled.wait()
         finally:
             await news.close()
@@ -162,7 +167,8 @@ class Supervisor:
         parent = ["chimera.worker.parent", "--socket", str(self._dir / "parent.sock"), "--engine", service.engine]
         control = ["chimera.control", "--run-dir", folder, "--deployment", str(self._dir / "deployment.json")]
         agent = ["chimera.agent", "--run-dir", folder, "--name", "local", "--gpus", str(self._dir / "gpus.json")]
-        agent += ["--spare-workers", str(service.spare_workers), "--prepare", str(self._dir / "prepare.json")]
+        agent += ["--spare-workers", str(service.spare_workers)]
+        agent += ["--prepare", str(self._dir / "prepare.json"), "--prepare-at-once", str(service.prepare_at_once)]
         if service.elastic:
             agent.append("--elastic")
         if service.images is not None:
@@ -250,10 +256,12 @@ class Supervisor:
         if total and not ready:
             self._give_up("no model could be brought up")
             return
-        host = port_of.reachable(self._service.host)
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         short = "" if ready == total else f", {total - ready} of {total} models missing"
-        self._say(f"ready in {self._elapsed}: {url}{short} (Ctrl-C stops)")
+        self._say(f"ready in {self._elapsed}: {self._url(port)}{short} (Ctrl-C stops)")
+
+    def _url(self, port: int) -> str:
+        host = port_of.reachable(self._service.host)
+        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     @property
     def _elapsed(self) -> str:
