@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 from sglang.srt.managers import scheduler as scheduler_module
-from sglang.srt.runtime_context import publish, reset_context
+from sglang.srt.runtime_context import reset_context
 from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang.srt.utils.watchdog import Watchdog
 
@@ -26,6 +26,7 @@ from chimera.engine.sglang.arguments import server_arguments
 from chimera.engine.sglang.elastic import ElasticKv
 from chimera.engine.sglang.mailbox import Mailbox
 from chimera.engine.sglang.plugin import elastic_memory
+from chimera.engine.sglang.releases import build
 from chimera.engine.sglang.solitude import alone
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class _Mailboxed(scheduler_module.Scheduler):  # type: ignore[misc]
         self.recv_from_tokenizer = later
         self.load_snapshot_writer = None
 
-    def init_soft_watchdog(self) -> None:
+    def init_soft_watchdog(self, *_: Any) -> None:
         """None: its thread would hold the scheduler for ever, and would kill our parent process when a step is slow."""
 
     def init_watch_dog_memory_saver_input_blocker(self) -> None:
@@ -134,13 +135,12 @@ class SglangEngine:
     def _build(self, model: ModelSpec, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None) -> _Mailboxed:
         most_bytes = kv_bytes if ceiling_bytes is None else ceiling_bytes
         arguments = ServerArgs(**server_arguments(model, on_cpu=self._on_cpu, kv_bytes=most_bytes))
-        publish(arguments, role="scheduler")
         device = 0 if self._on_cpu else gpu_ids[0]
         if ceiling_bytes is not None:
             level_bytes = ceiling_bytes if kv_bytes is None else kv_bytes
             self._kv = ElasticKv(level_bytes=level_bytes, ceiling_bytes=ceiling_bytes, on_cpu=self._on_cpu)
         with elastic_memory(self._kv), alone():
-            scheduler = _Mailboxed(arguments, PortArgs.init_new(arguments), device, 0, 0, 0, 0, 0, None)
+            scheduler = build(_Mailboxed, arguments, PortArgs.init_new(arguments), device)
         if self._kv is not None:
             self._kv.bind(scheduler)
             scheduler.kv = self._kv

@@ -41,8 +41,9 @@ class Occupants:
         for request, line, length in self._rows:
             self._table[line, :length] = new_number[self._table[line, :length].long()].to(self._table.dtype)
             # What a chunked prefill goes on from, and what a request was admitted with.
-            if isinstance(request.prefix_indices, torch.Tensor) and len(request.prefix_indices):
-                request.prefix_indices = new_number[request.prefix_indices.long()].to(request.prefix_indices.dtype)
+            begins_with = getattr(request, "prefix_indices", None)  # later releases look into the table for it
+            if isinstance(begins_with, torch.Tensor) and len(begins_with):
+                request.prefix_indices = new_number[begins_with.long()].to(begins_with.dtype)
 
 
 def live_requests(scheduler: Any) -> list[Any]:

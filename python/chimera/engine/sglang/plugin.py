@@ -7,9 +7,10 @@ being built inside `elastic_memory`, or was. Knows which places of SGLang are to
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from sglang.srt.environ import envs
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from chimera.engine.api import CannotServe
@@ -20,6 +21,8 @@ from chimera.kv.layout import KvKind
 _POOLS = "sglang.srt.mem_cache.memory_pool"
 _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 _BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
+
+_HAS_TREE_CORES = hasattr(envs, "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND")
 
 _registered = False
 _building: ElasticKv | None = None
@@ -49,7 +52,12 @@ def elastic_memory(kv: ElasticKv | None) -> Iterator[None]:
     global _building
     _building = kv
     try:
-        yield
+        if kv is None:
+            yield
+            return
+        # Newer releases keep prefixes in a tree of Rust, whose slots nobody can exchange from outside.
+        with envs.SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND.override("python") if _HAS_TREE_CORES else nullcontext():
+            yield
     finally:
         _building = None
 
@@ -66,6 +74,7 @@ def _create_heads(original: Callable[..., None], pool: Any) -> None:
         kind = KvKind.heads(pool.layer_num, pool.head_num, pool.head_dim, pool.store_dtype, v_head_dim=pool.v_head_dim)
         planes = kv.furnish(kind, slots=pool.size + pool.page_size, page_size=pool.page_size, device=pool.device)
         pool.k_buffer, pool.v_buffer = planes["k"], planes["v"]
+        _admit_whole_stripes(pool, planes["k"])
 
     pool._create_buffers_normal = on_elastic_memory
     try:
@@ -83,6 +92,13 @@ def _create_latent(original: Callable[..., None], pool: Any) -> None:
     kind = KvKind.latent(pool.layer_num, pool.kv_cache_dim, pool.store_dtype)
     planes = kv.furnish(kind, slots=pool.size + pool.page_size, page_size=pool.page_size, device=pool.device)
     pool.kv_buffer = planes["kv"]
+    _admit_whole_stripes(pool, planes["kv"])
+
+
+def _admit_whole_stripes(pool: Any, layers: Sequence[Any]) -> None:
+    """The last stripe has slots beyond those that SGLang asked for; it checks its tensors against what it thinks they are."""
+    if layers:
+        pool.size = len(layers[0]) - pool.page_size
 
 
 def _refuse_unknown_layout(pool: Any, *, quantized: bool, layout: str) -> None:
