@@ -645,7 +645,7 @@ class ControlScheduler:
         return iter(())
 
     def _review_soon(self, now: float) -> None:
-        if not self._policy.on_demand:
+        if not self._policy.on_demand or not any(agent.present for agent in self._agents.values()):
             return
         soon = now if self._reviewed_s is None else max(now, self._reviewed_s + SOON_S)
         self._review_s = soon if self._review_s is None else min(self._review_s, soon)
@@ -717,6 +717,11 @@ class ControlScheduler:
             return
         place.due_s = None
         self._note_due(place)
+        if self._policy.on_demand:  # it may have a place elsewhere
+            seats = (seat for seat in self._wanted.seats if seat.replica != place.replica)
+            self._wanted = Placement(tuple(seats))
+            yield from self._drop(place, f"no agent with its GPUs has been here for {self._limits.agent_absence_s:g} s")
+            self._review_soon(now)
         yield from self._refuse_held(place.replica.model, now)
 
     def _note_due(self, place: Place) -> None:

@@ -368,8 +368,6 @@ class SimEngine:
         else:
             self._advance(self._leap)
             self._end_sequences()
-        if self.dead:
-            return
         if self.draining and not self._sequences:
             self._left()
             return

@@ -93,7 +93,7 @@ def simulate(
     cluster.end_spans()
     stories = cluster.stories
     if keep is not None:
-        keep(stories)
+        keep([_on_trace_time(story) for story in stories])
     switches = [switch for switch in cluster.switches if switch.asked_s >= WARM_UP_S]
     return Outcome(
         policy=scenario.policy,
@@ -109,9 +109,19 @@ def simulate(
     )
 
 
+def _on_trace_time(story: Story) -> Story:
+    return msgspec.structs.replace(
+        story,
+        sent_s=story.sent_s - WARM_UP_S,
+        first_token_s=None if story.first_token_s is None else story.first_token_s - WARM_UP_S,
+        last_token_s=None if story.last_token_s is None else story.last_token_s - WARM_UP_S,
+    )
+
+
 def _replay(cluster: Cluster, trace: Trace, progress: Callable[[float], None] | None) -> None:
     rows = trace.rows
     clock = cluster.clock
+    coming = False
 
     def arrive(number: int) -> None:
         if progress is not None and number % 1000 == 0:
@@ -125,7 +135,6 @@ def _replay(cluster: Cluster, trace: Trace, progress: Callable[[float], None] | 
         if coming:
             clock.at(WARM_UP_S + rows[number].at_s, lambda: arrive(number))
 
-    coming = False
     expect(0)
     end_s = WARM_UP_S + (rows[-1].at_s if rows else 0.0) + COOL_DOWN_S
     while (coming or cluster.open) and clock.now <= end_s and clock.step():

@@ -33,9 +33,13 @@ class Board:
         self._of_model: dict[str, list[Seat]] = {}
         self._on_gpu: dict[int, list[Seat]] = {gpu_id: [] for gpu_id in self.gpus}
         self._taken: dict[int, int] = dict.fromkeys(self.gpus, 0)
+        self._away: list[Seat] = []
+        """Seats on GPUs whose agent is not here: they stay wanted until control gives the agent up."""
         for seat in question.wanted.seats:
             if seat.replica.model in self.models and all(gpu_id in self.gpus for gpu_id in seat.gpu_ids):
                 self._put(seat)
+            else:
+                self._away.append(seat)
         for view in snapshot.replicas:
             if view.replica not in self._seats and view.state is not ReplicaState.STOPPED:
                 self._charge(view.replica.model, view.gpu_ids, 1)
@@ -69,9 +73,13 @@ class Board:
 
     def seatless(self) -> list[ModelSpec]:
         """Models without a seat that somebody waits for or that are to be warm from the start, the most urgent first."""
-        found = [model for name, model in self.models.items() if not self.seats_of(name)]
+        found = [model for name, model in self.models.items() if not self.seats_of(name) and not self.is_away(name)]
         wanted = [m for m in found if self.demand(m.name).waiting or m.preload]
         return sorted(wanted, key=lambda m: (-m.priority, -self.demand(m.name).waiting, m.name))
+
+    def is_away(self, model: str) -> bool:
+        """Whether a replica of it is expected back with its agent."""
+        return any(seat.replica.model == model for seat in self._away)
 
     # Room.
 
@@ -165,7 +173,11 @@ class Board:
 
     def add(self, model: ModelSpec, gpu_ids: tuple[int, ...], reason: str) -> Seat:
         """One more replica, under the lowest name that nothing of the model bears."""
-        borne = {replica.index for replica in (*self.views, *self._seats) if replica.model == model.name}
+        borne = {
+            replica.index
+            for replica in (*self.views, *self._seats, *(s.replica for s in self._away))
+            if replica.model == model.name
+        }
         index = next(i for i in range(len(borne) + 1) if i not in borne)
         seat = Seat(replica=ReplicaId(model.name, index), gpu_ids=gpu_ids)
         self._put(seat)
@@ -204,7 +216,7 @@ class Board:
         if again_s is None:
             stirring = any(d.open or d.waiting for d in self._question.snapshot.demands.values())
             again_s = TICK_S if stirring else CALM_S
-        return Decision(placement=Placement(tuple(self._seats.values())), reasons=self._reasons, again_s=again_s)
+        return Decision(placement=Placement((*self._seats.values(), *self._away)), reasons=self._reasons, again_s=again_s)
 
     def _put(self, seat: Seat) -> None:
         self._seats[seat.replica] = seat

@@ -8,13 +8,19 @@ in that order, so somebody always serves. Models that nobody asks for stay warm 
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Seat
+from chimera.sched.demand import SHORT_S
 from chimera.sched.policies.board import Board
 from chimera.sched.policies.forecast import Asked, Forecast, Load, forecast, load_of
 from chimera.sched.policies.policy import CALM_S, TICK_S, Decision, Question
+
+DOUBT = 1.5
+"""How many standard deviations of a count make it more than chance."""
 
 
 class Flexible(msgspec.Struct, frozen=True):
@@ -22,7 +28,7 @@ class Flexible(msgspec.Struct, frozen=True):
     on_demand: bool = True
     pressed: float = 0.99
     """A model predicted to attain less is under pressure."""
-    margin: float = 0.02
+    margin: float = 0.05
     """A change has to promise so much more of the rates it touches."""
     least_gain_per_s: float = 0.02
     settle_s: float = 5.0
@@ -65,6 +71,7 @@ class Flexible(msgspec.Struct, frozen=True):
         """While there is room, every model stands somewhere: the first request then finds it there."""
         board = plan.board
         absent = [m for m in board.models.values() if not board.seats_of(m.name) and m.keep_alive_s is None]
+        absent = [m for m in absent if not board.is_away(m.name)]
         for model in sorted(absent, key=lambda m: (-board.demand(m.name).requests_per_s_minute, -m.weight_bytes, m.name)):
             spare_bytes = self.spare * min((gpu.capacity_bytes for gpu in board.gpus.values()), default=0)
             gang = board.roomiest(model, spare_bytes=spare_bytes)
@@ -128,11 +135,13 @@ class _Plan:
         """Forecasts of placements that are not on the board; worthless once the board changes."""
 
     def rate(self, model: str) -> float:
-        """What is to be expected of the model: a burst counts at once and is forgotten slowly."""
+        """What is to be expected of the model: the last minute's rate, unless the last seconds differ by more than chance."""
         rate = self._rates.get(model)
         if rate is None:
             demand = self.board.demand(model)
-            rate = max(demand.requests_per_s, demand.requests_per_s_minute)
+            short, long = demand.requests_per_s, demand.requests_per_s_minute
+            doubt = DOUBT * math.sqrt(max(short, 1 / SHORT_S) / (2 * SHORT_S))
+            rate = max(short - doubt, min(long, short + doubt))
             self._rates[model] = rate
         return rate
 

@@ -28,7 +28,7 @@ class SpaceSharing(msgspec.Struct, frozen=True):
             if gang is not None:
                 board.add(model, gang, f"{board.demand(model.name).waiting} requests wait, and it shares GPUs {list(gang)}")
         for model in sorted(board.models.values(), key=lambda m: (-m.weight_bytes * m.tp_size, m.name)):
-            if not board.seats_of(model.name) and model.keep_alive_s is None:
+            if not board.seats_of(model.name) and not board.is_away(model.name) and model.keep_alive_s is None:
                 spare_bytes = SPARE * min((gpu.capacity_bytes for gpu in board.gpus.values()), default=0)
                 gang = board.roomiest(model, spare_bytes=spare_bytes)
                 if gang is not None:
