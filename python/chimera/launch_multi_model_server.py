@@ -18,18 +18,21 @@ _GONE = {
     "--max-memory-pool-size": (True, "each placement has its own max_memory_pool_size"),
     "--use-kvcached-v0": (False, "elastic memory is built in"),
     "--use-emm-v0": (False, "elastic memory is built in"),
-    "--enable-cpu-share-memory": (False, "weights are always shared by all workers of a host"),
-    "--enable-worker-pool": (False, "workers always come from a pool"),
-    "--workers-per-gpu": (True, "workers are forked when they are needed"),
-    "--enable-model-service": (False, "weights are always shared by all workers of a host"),
-    "--num-model-service-workers": (True, "weights are always shared by all workers of a host"),
-    "--async-loading": (False, "loading never holds up other models"),
     "--enable-controller": (False, "there is always one"),
     "--enable-gpu-scheduler": (False, "there is always one for each GPU"),
     "--abort-exceed-slos": (False, "each model's slo says what is done"),
     "--disable-cuda-graph": (False, "graphs work with elastic memory; engine_args can turn them off"),
     "--disable-radix-cache": (False, "the radix cache works with elastic memory; engine_args can turn it off"),
     "--load-format": (True, "engine_args has it, model by model"),
+}
+# flag: whether it takes a value. `chimera serve` has them by the same names.
+_SAME = {
+    "--enable-cpu-share-memory": False,
+    "--enable-worker-pool": False,
+    "--workers-per-gpu": True,
+    "--enable-model-service": False,
+    "--num-model-service-workers": True,
+    "--async-loading": False,
 }
 
 
@@ -61,13 +64,18 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
     parser.add_argument("--engine", choices=("sglang", "simulated"), default="sglang")
     parser.add_argument("--virtual-gpus", metavar="8x2GiB", help="memory budgets of this host that stand in for GPUs")
+    for flag, takes_value in _SAME.items():
+        _add(parser, flag, takes_value, "as of chimera serve")
     for flag, (takes_value, why) in _GONE.items():
-        help_text = f"no effect: {why}"
-        if takes_value:
-            parser.add_argument(flag, dest=_attribute(flag), metavar="VALUE", help=help_text)
-        else:
-            parser.add_argument(flag, dest=_attribute(flag), action="store_true", help=help_text)
+        _add(parser, flag, takes_value, f"no effect: {why}")
     return parser
+
+
+def _add(parser: argparse.ArgumentParser, flag: str, takes_value: bool, help_text: str) -> None:
+    if takes_value:
+        parser.add_argument(flag, dest=_attribute(flag), metavar="VALUE", help=help_text)
+    else:
+        parser.add_argument(flag, dest=_attribute(flag), action="store_true", help=help_text)
 
 
 def _translated(arguments: argparse.Namespace) -> argparse.Namespace:
@@ -82,6 +90,10 @@ def _translated(arguments: argparse.Namespace) -> argparse.Namespace:
         words += ["--num-gpus", str(arguments.num_gpus)]
     if arguments.log_file is not None:
         words += ["--log-dir", arguments.log_file.rpartition(".")[0] or arguments.log_file]
+    for flag, takes_value in _SAME.items():
+        value = getattr(arguments, _attribute(flag))
+        if value not in (None, False):
+            words += [flag, value] if takes_value else [flag]
     parser = argparse.ArgumentParser()
     serve.configure(parser)
     return parser.parse_args(words)

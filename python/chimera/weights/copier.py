@@ -6,6 +6,7 @@ page-locked memory by several threads at once, while the engine makes its model 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Protocol
@@ -15,9 +16,11 @@ import torch
 from chimera.units import MIB
 from chimera.weights.image import Image
 
-CHUNK_BYTES: Final = 32 * MIB
-LANES: Final = 8
-"""One core fills page-locked memory at about a fifth of what a link of the fifth generation takes away."""
+CHUNK_BYTES: Final = 64 * MIB
+LANES: Final = 4
+"""One core fills page-locked memory more slowly than a link takes it away."""
+CHUNKS_PER_LANE: Final = 2
+"""One is filled while the device drains the other."""
 
 
 class Copier(Protocol):
@@ -68,7 +71,7 @@ class StagingRing:
         self._chunk_bytes = chunk_bytes
         self._lanes = lanes
         self._queue: Queue | None = None
-        self._staging: list[torch.Tensor] = []
+        self._staging: list[list[torch.Tensor]] = []
         self._under_way: list[Future[None]] = []
 
     def begin(self, image: Image, device: torch.device) -> torch.Tensor | None:
@@ -76,7 +79,8 @@ class StagingRing:
         if queue is None:
             queue = self._queue = self._make_queue(device)
             # Locking pages costs more than filling them: done once, for the life of the worker.
-            self._staging = [queue.lock(self._chunk_bytes) for _ in range(self._lanes)]
+            chunks = range(CHUNKS_PER_LANE)
+            self._staging = [[queue.lock(self._chunk_bytes) for _ in chunks] for _ in range(self._lanes)]
         data = image.bytes[: image.contents.data_bytes]
         run = queue.reserve(data.numel())
         # torch lets go of the interpreter while it copies, so the lanes and the making of the model do not wait in turn.
@@ -94,16 +98,17 @@ class StagingRing:
 
     def _fill(self, queue: Queue, lane: int, data: torch.Tensor, run: torch.Tensor) -> None:
         """Every so manyth chunk, through this lane's own staging memory."""
-        sent: Callable[[], object] | None = None
-        for at in range(lane * self._chunk_bytes, data.numel(), self._lanes * self._chunk_bytes):
-            if sent is not None:
-                sent()
+        sent: deque[Callable[[], object]] = deque()
+        starts = range(lane * self._chunk_bytes, data.numel(), self._lanes * self._chunk_bytes)
+        for number, at in enumerate(starts):
+            if len(sent) == CHUNKS_PER_LANE:
+                sent.popleft()()
             chunk = data[at : at + self._chunk_bytes]
-            staged = self._staging[lane][: chunk.numel()]
+            staged = self._staging[lane][number % CHUNKS_PER_LANE][: chunk.numel()]
             staged.copy_(chunk)
-            sent = queue.send(staged, run[at : at + chunk.numel()])
-        if sent is not None:
-            sent()  # the next image may be on its way as soon as this one is there
+            sent.append(queue.send(staged, run[at : at + chunk.numel()]))
+        for wait in sent:  # the next image may be on its way as soon as this one is there
+            wait()
 
 
 class CudaQueue:
