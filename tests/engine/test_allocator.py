@@ -127,7 +127,6 @@ def test_an_allocator_counts_as_sglangs_own_through_a_life_of_requests(kv: Any, 
     """Extend, decode, free, in groups and alone; slots of one request are its own, and pages hold one request's tokens."""
     import random
 
-
     ours, theirs = allocators(kv, page_size)
     chance = random.Random(page_size)
     spare = ours.available_size() - theirs.available_size()
