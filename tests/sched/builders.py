@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
@@ -12,6 +12,7 @@ from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
 from chimera.msg.actions import Action, Activate, Admit, Deactivate, Reject, Requeue, Route
 from chimera.msg.events import AgentJoined, Outcome, ReplicaReady, RequestArrived, RequestFinished, WorkerLost
+from chimera.sched.cost import CostTable
 from chimera.units import GIB, MIB
 
 A = TypeVar("A", bound=Action)
@@ -60,8 +61,33 @@ def activate(name: str, *gpu_ids: int, index: int = 0) -> Activate:
     return Activate(model=model(name), seat=seat(name, *gpu_ids, index=index), reason="wanted")
 
 
-def joined(agent: str = "local", *, start: int = 100, gpus: Sequence[int] = (0,)) -> AgentJoined:
-    return AgentJoined(agent=agent, agent_start=start, gpus=tuple(gpu(gpu_id) for gpu_id in gpus))
+def joined(agent: str = "local", *, start: int = 100, gpus: Sequence[int] = (0,), pages: int = 8) -> AgentJoined:
+    return AgentJoined(agent=agent, agent_start=start, gpus=tuple(gpu(gpu_id, pages=pages) for gpu_id in gpus))
+
+
+def costs(**changed: Any) -> CostTable:
+    """A machine with round figures: a step takes 10 ms, a prompt token 1 ms, an activation 1 s."""
+    plain: dict[str, Any] = {
+        "machine": "round figures",
+        "sources": {},
+        "gpu_bytes": 4 * GIB,
+        "request_s": 0.0,
+        "step_s": 0.01,
+        "step_sequence_s": 0.0,
+        "weight_bytes_per_s": 1e18,
+        "kv_bytes_per_s": 1e18,
+        "prefill_weight_bytes_per_s": GIB * 1000.0,
+        "prefill_kv_bytes_per_s": 1e18,
+        "chunk_tokens": 1000,
+        "running": 4,
+        "engine_bytes": 0,
+        "stripe_bytes": 1 << 20,
+        "activation_s": 0.0,
+        "link_bytes_per_s": float(GIB),
+        "node_link_bytes_per_s": 1e18,
+        "neighbour_slowdown": 0.0,
+    }
+    return CostTable(**(plain | changed))
 
 
 def ready(name: str, epoch: Epoch, *, credits: int = 2, index: int = 0, load_s: float = 0.5) -> ReplicaReady:

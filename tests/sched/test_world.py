@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import pytest
 from chimera.core.replica import ReplicaId
-from chimera.msg.events import ModelRegistered, ModelRemoved, Outcome
+from chimera.msg.events import ModelRegistered, ModelRemoved, Outcome, PolicyChosen
 from chimera.sched.log import replay
+from chimera.sched.policies import POLICIES
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
-from tests.sched.builders import placement, seat
-from tests.sched.world import AgentSide, Worker, World
+from tests.sched.builders import costs, placement, seat
+from tests.sched.world import CREDITS, AgentSide, Worker, World
 
 MODELS = ("a", "b", "c", "unplaced")
 
@@ -22,10 +23,19 @@ def small_world() -> World:
     return World(wanted, {"north": (0, 1), "south": (2,)}, MODELS)
 
 
+def shared_world() -> World:
+    """The same under a policy that moves models about: two of the four fit on a GPU at a time, beside their caches."""
+    wanted = placement(seat("a", 0), seat("b", 1), seat("c", 0, 1))
+    gpus = {"north": (0, 1), "south": (2,)}
+    return World(wanted, gpus, MODELS, policy="flexible", local="goodput", costs=costs(running=CREDITS), pages=1400)
+
+
 class Mishaps(RuleBasedStateMachine):
+    begin = staticmethod(small_world)
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = small_world()
+        self.world = self.begin()
         self.world.settle()  # Mishaps happen to a system that works.
 
     def worker(self, data: st.DataObject, *, loaded: bool) -> tuple[AgentSide, Worker]:
@@ -152,6 +162,11 @@ class Mishaps(RuleBasedStateMachine):
     def a_model_is_removed_or_comes_back(self, name: str, there: bool) -> None:
         self.world.tell_control(ModelRegistered(model=self.world.models[name]) if there else ModelRemoved(model=name))
 
+    @precondition(lambda self: self.world.costs is not None)
+    @rule(name=st.sampled_from(sorted(POLICIES)))
+    def the_operator_chooses_a_policy(self, name: str) -> None:
+        self.world.tell_control(PolicyChosen(policy=name))
+
     def teardown(self) -> None:
         world = self.world
         world.settle()
@@ -162,9 +177,13 @@ class Mishaps(RuleBasedStateMachine):
             assert replay(log).differences == (), "a log does not lead to the same actions again"
 
 
-def run(examples: int, steps: int) -> None:
+class MishapsWhileModelsMove(Mishaps):
+    begin = staticmethod(shared_world)
+
+
+def run(examples: int, steps: int, machine: type[Mishaps] = Mishaps) -> None:
     run_state_machine_as_test(
-        Mishaps,
+        machine,
         settings=settings(
             max_examples=examples, stateful_step_count=steps, deadline=None, suppress_health_check=list(HealthCheck)
         ),
@@ -173,6 +192,15 @@ def run(examples: int, steps: int) -> None:
 
 def test_every_request_ends_exactly_once_whatever_happens() -> None:
     run(examples=30, steps=30)
+
+
+def test_every_request_ends_exactly_once_while_policies_move_models() -> None:
+    run(examples=20, steps=30, machine=MishapsWhileModelsMove)
+
+
+@pytest.mark.slow
+def test_every_request_ends_exactly_once_while_policies_move_models_for_long() -> None:
+    run(examples=800, steps=80, machine=MishapsWhileModelsMove)
 
 
 @pytest.mark.slow

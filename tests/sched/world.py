@@ -27,6 +27,7 @@ from chimera.msg.events import (
     WorkerLost,
 )
 from chimera.sched.control import ControlScheduler, Limits
+from chimera.sched.cost import CostTable
 from chimera.sched.gpu import GpuInput
 from chimera.sched.log import Recorder
 from chimera.sched.node import NodeScheduler
@@ -68,7 +69,8 @@ class AgentSide:
     def begin(self) -> None:
         """A new process: its workers have left with the old one."""
         self.start = self.world.next_start()
-        self.node = NodeScheduler(self.name, self.start, self.gpu_ids)
+        self.node = NodeScheduler(self.name, self.start, self.gpu_ids, local=self.world.local, costs=self.world.costs)
+        self.wake_s: float | None = None
         self.recorder = Recorder(self.node)
         self.log = [self.recorder.opening()]
         self.workers: dict[ReplicaId, Worker] = {}
@@ -78,7 +80,7 @@ class AgentSide:
 
     def connect(self) -> None:
         self.connected = True
-        self.up.append(joined(self.name, start=self.start, gpus=self.gpu_ids))
+        self.up.append(joined(self.name, start=self.start, gpus=self.gpu_ids, pages=self.world.pages))
         self.up.extend(self.node.living())
 
     def tell_up(self, message: Event | Action) -> None:
@@ -125,6 +127,8 @@ class AgentSide:
                     worker.leaving = True
             case Reject() | Requeue():
                 self.tell_up(action)
+            case WakeAt(at_s=at_s):
+                self.wake_s = at_s
             case _:
                 raise AssertionError(f"no agent carries out {action}")
 
@@ -200,8 +204,22 @@ class Front:
 
 
 class World:
-    def __init__(self, wanted: Placement, agents: dict[str, tuple[int, ...]], models: Iterable[str]) -> None:
+    def __init__(
+        self,
+        wanted: Placement,
+        agents: dict[str, tuple[int, ...]],
+        models: Iterable[str],
+        *,
+        policy: str = "static",
+        local: str = "fcfs",
+        costs: CostTable | None = None,
+        pages: int = 8,
+    ) -> None:
         self.now = 0.0
+        self.policy = policy
+        self.local = local
+        self.costs = costs
+        self.pages = pages
         self.starts = 0
         self.minted: set[Epoch] = set()
         self.wanted = wanted
@@ -218,7 +236,7 @@ class World:
     # Control's process.
 
     def begin_control(self) -> None:
-        self.control = ControlScheduler(self.wanted, LIMITS)
+        self.control = ControlScheduler(self.wanted, LIMITS, policy=self.policy, costs=self.costs)
         self.recorder = Recorder(self.control)
         self.log = [self.recorder.opening()]
         self.wake_s: float | None = None
@@ -285,6 +303,10 @@ class World:
         if self.wake_s is not None and self.wake_s <= self.now:
             self.wake_s = None
             self.tell_control(Woke())
+        for agent in self.agents.values():
+            if agent.wake_s is not None and agent.wake_s <= self.now:
+                agent.wake_s = None
+                agent.on(Woke())
 
     def deliver(self, agent: AgentSide, direction: str, *, again: bool = False) -> None:
         """The next message of a link; `again` leaves it there, to come once more."""

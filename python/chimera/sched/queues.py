@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
-from heapq import heappop, heappush
+from heapq import heapify, heappush, heappushpop
 from typing import Protocol
 
 from chimera.core.request import Request
@@ -106,10 +106,13 @@ class Slack:
     late too. No starvation: who waits gains on all who come later.
     """
 
-    __slots__ = ("_entries", "_order", "_prefill_s", "_pushed")
+    __slots__ = ("_entries", "_order", "_prefill_s", "_pushed", "_seconds", "_strict")
 
     def __init__(self, prefill_s: Prefill) -> None:
         self._prefill_s = prefill_s
+        self._seconds: dict[str, float] = {}
+        self._strict = 0
+        """Requests here that would rather be turned away than be late."""
         self._order: list[tuple[float, int, Request]] = []
         self._entries: dict[str, tuple[float, int, Request]] = {}
         self._pushed = 0
@@ -120,6 +123,8 @@ class Slack:
     def push(self, request: Request) -> None:
         entry = (self._key(request), self._pushed, request)
         self._pushed += 1
+        self._seconds[request.request_id] = self._prefill_s(request)
+        self._strict += request.slo.reject_late
         self._entries[request.request_id] = entry
         insort(self._order, entry)
 
@@ -129,6 +134,8 @@ class Slack:
     def _take(self, entry: tuple[float, int, Request]) -> Request:
         del self._order[bisect_left(self._order, entry)]
         del self._entries[entry[2].request_id]
+        del self._seconds[entry[2].request_id]
+        self._strict -= entry[2].slo.reject_late
         return entry[2]
 
     def remove(self, request_id: str) -> Request | None:
@@ -139,7 +146,9 @@ class Slack:
         return False, self._order[0][0]
 
     def hopeless(self, now: float) -> list[Request]:
-        return [request for start_s, _, request in self._order if start_s < now and request.slo.reject_late]
+        if not self._strict:
+            return []
+        return [request for start_s, _, request in self._order[:LOOKED_AT] if start_s < now and request.slo.reject_late]
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._entries
@@ -177,21 +186,30 @@ class MooreHodgson(Slack):
     def _first_in_time(self, now: float) -> Entry | None:
         # Entries that are late whatever happens are passed over before any is weighed.
         start = bisect_left(self._order, now, key=_due)
+        window = self._order[start : start + LOOKED_AT]
         clock_s = now
         taken: list[tuple[float, int]] = []
         dropped: set[int] = set()
-        window = self._order[start : start + LOOKED_AT]
+        seconds_of = self._seconds
         for position, entry in enumerate(window):
-            seconds = self._prefill_s(entry[2])
-            heappush(taken, (-seconds, position))
+            seconds = seconds_of[entry[2].request_id]
             clock_s += seconds
-            if clock_s > entry[0]:
-                longest_s, longest = heappop(taken)
-                clock_s += longest_s
-                dropped.add(longest)
+            if clock_s <= entry[0]:
+                if dropped:
+                    heappush(taken, (-seconds, position))
+                else:
+                    taken.append((-seconds, position))
+                continue
+            if not dropped:
+                heapify(taken)
+            longest_s, longest = heappushpop(taken, (-seconds, position))
+            clock_s += longest_s
+            dropped.add(longest)
         return next((entry for position, entry in enumerate(window) if position not in dropped), None)
 
     def hopeless(self, now: float) -> list[Request]:
+        if not self._strict:
+            return []
         return [r for due_s, _, r in self._order[:LOOKED_AT] if r.slo.reject_late and due_s < now + self._prefill_s(r)]
 
 
