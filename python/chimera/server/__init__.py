@@ -3,6 +3,9 @@
 errors     the only place with HTTP codes
 intake     bodies decoded, fields checked, prompts measured
 openai     /v1/chat/completions and /v1/completions: their words in, their words out
+responses  /v1/responses: OpenAI's newer words
+anthropic  /v1/messages: Anthropic's words
+logprobs   log-probabilities in OpenAI's two spellings
 native     /generate: SGLang's words
 catalogue  the models that control told of, and their tokenizers
 answer     one answer under way: tokens to text to its reader

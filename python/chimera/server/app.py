@@ -21,6 +21,7 @@ from chimera.errors import RequestError
 from chimera.msg.stream import Sampling
 from chimera.server import intake
 from chimera.server.answer import Answer, Terms
+from chimera.server.anthropic import CountRequest, MessagesRequest
 from chimera.server.catalogue import Catalogue
 from chimera.server.desk import Desk
 from chimera.server.errors import error_response, refusal_response
@@ -29,6 +30,7 @@ from chimera.server.native import GenerateRequest
 from chimera.server.openai import ChatRequest, CompletionRequest
 from chimera.server.readers import EventStream, FirstToken, WholeBody
 from chimera.server.relay import Relay
+from chimera.server.responses import ResponsesRequest
 
 MAX_BODY_BYTES = 16 << 20
 _BODY_WITHIN_S = 60.0
@@ -38,6 +40,14 @@ _ASIDE_BYTES = 4096
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
+
+
+class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+
+
+_count_decoder = msgspec.json.Decoder(CountRequest)
+_embedding_decoder = msgspec.json.Decoder(EmbeddingRequest)
 
 
 class App:
@@ -54,6 +64,10 @@ class App:
             [
                 web.post("/v1/chat/completions", partial(self._complete, msgspec.json.Decoder(ChatRequest))),
                 web.post("/v1/completions", partial(self._complete, msgspec.json.Decoder(CompletionRequest))),
+                web.post("/v1/responses", partial(self._complete, msgspec.json.Decoder(ResponsesRequest))),
+                web.post("/v1/messages", partial(self._complete, msgspec.json.Decoder(MessagesRequest))),
+                web.post("/v1/messages/count_tokens", self._count_tokens),
+                web.post("/v1/embeddings", self._embeddings),
                 web.get("/v1/models", self._models),
                 web.get("/v1/models/{name:.+}", self._model),
                 web.post("/generate", partial(self._complete, msgspec.json.Decoder(GenerateRequest))),
@@ -95,6 +109,20 @@ class App:
                 )
             )
         return await self._wait_for(answers, reader.respond(http, {"x-request-id": request_id}))
+
+    async def _count_tokens(self, http: web.Request) -> web.Response:
+        body = await _body(http)
+        request = intake.decode(body, _count_decoder)
+        request.check()
+        tokenizer = await self._catalogue.tokenizer(self._catalogue.resolve(request.model))
+        [prompt_ids] = await _aside(len(body), partial(request.prompts, tokenizer))
+        return _json_response({"input_tokens": len(prompt_ids)})
+
+    async def _embeddings(self, http: web.Request) -> web.Response:
+        """No engine here makes any; the answer says so of the model that was asked."""
+        request = intake.decode(await _body(http), _embedding_decoder)
+        spec = self._catalogue.resolve(request.model)
+        raise RequestError("unsupported_parameter", f"{spec.name} generates text; it makes no embeddings", param="model")
 
     async def _wait_for(self, answers: Sequence[Answer], response: Awaitable[T]) -> T:
         """As long as the client does: aiohttp cancels this when it leaves, and then the answers are withdrawn."""
@@ -193,11 +221,12 @@ async def _in_one_shape(request: web.Request, handler: Handler) -> web.StreamRes
     try:
         return await handler(request)
     except RequestError as error:
-        return error_response(error)
+        return error_response(error, request.path)
     except web.HTTPException as refusal:
-        return refusal_response(refusal)
+        return refusal_response(refusal, request.path)
     except ConnectionError:  # the client left while we wrote; nobody is there to be answered
         raise
     except Exception:  # noqa: BLE001 - the outermost frame of one request; the others, and the process, go on
         _log.exception("fault while answering %s %s", request.method, request.path)
-        return error_response(RequestError("internal_error", "the server made a mistake; its log has the details"))
+        mistake = RequestError("internal_error", "the server made a mistake; its log has the details")
+        return error_response(mistake, request.path)

@@ -1,4 +1,4 @@
-"""Every error's HTTP status and its one shape, OpenAI's. No other module of the package knows an HTTP code."""
+"""Every error's HTTP status and its shape: OpenAI's, and Anthropic's under `/v1/messages`. No one else knows an HTTP code."""
 
 from __future__ import annotations
 
@@ -33,6 +33,15 @@ _STATUS = {
 }
 _CODE = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 _TYPE = {401: "authentication_error", 403: "permission_error", 408: "timeout_error", 429: "rate_limit_error"}
+_ANTHROPIC_TYPE = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 
 class _Detail(msgspec.Struct, frozen=True):
@@ -46,6 +55,16 @@ class _Body(msgspec.Struct, frozen=True):
     error: _Detail
 
 
+class _AnthropicDetail(msgspec.Struct, frozen=True):
+    type: str
+    message: str
+
+
+class _AnthropicBody(msgspec.Struct, frozen=True):
+    error: _AnthropicDetail
+    type: str = "error"
+
+
 def error_body(error: RequestError) -> bytes:
     """The JSON of an error, for an answer or for an event in a stream."""
     return msgspec.json.encode(_Body(_Detail(error.message, _type_of(_status_of(error)), error.param, error.code)))
@@ -56,21 +75,37 @@ def error_event(error: RequestError) -> bytes:
     return b"data: %b\n\n" % error_body(error)
 
 
-def error_response(error: RequestError) -> web.Response:
+def anthropic_error_body(error: RequestError) -> bytes:
+    return _anthropic(_status_of(error), error.message)
+
+
+def error_response(error: RequestError, path: str) -> web.Response:
+    """In the shape that clients of the path expect."""
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
-    return web.Response(status=_status_of(error), body=error_body(error), content_type="application/json", headers=headers)
+    body = anthropic_error_body(error) if _is_anthropic(path) else error_body(error)
+    return web.Response(status=_status_of(error), body=body, content_type="application/json", headers=headers)
 
 
-def refusal_response(refusal: web.HTTPException) -> web.Response:
+def refusal_response(refusal: web.HTTPException, path: str) -> web.Response:
     """What aiohttp itself refuses (a path, a method, a body too large), in the same shape."""
-    code = _CODE.get(refusal.status, "bad_request" if refusal.status < 500 else "internal_error")
-    detail = _Detail(_wording(refusal), _type_of(refusal.status), None, code)
+    status, told = refusal.status, _wording(refusal)
+    code = _CODE.get(status, "bad_request" if status < 500 else "internal_error")
+    body = msgspec.json.encode(_Body(_Detail(told, _type_of(status), None, code)))
     headers = {"Allow": refusal.headers["Allow"]} if "Allow" in refusal.headers else {}
-    return web.Response(
-        status=refusal.status, body=msgspec.json.encode(_Body(detail)), content_type="application/json", headers=headers
-    )
+    if _is_anthropic(path):
+        body = _anthropic(status, told)
+    return web.Response(status=status, body=body, content_type="application/json", headers=headers)
+
+
+def _is_anthropic(path: str) -> bool:
+    return path.startswith("/v1/messages")
+
+
+def _anthropic(status: int, message: str) -> bytes:
+    kind = _ANTHROPIC_TYPE.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return msgspec.json.encode(_AnthropicBody(_AnthropicDetail(kind, message)))
 
 
 def _status_of(error: RequestError) -> int:

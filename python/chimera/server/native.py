@@ -93,14 +93,8 @@ class GenerateRequest(OurWords, frozen=True, kw_only=True):
     def check(self) -> None:
         unsupported = {"logprob_start_len": (-1,), "lora_path": (), "image_data": ([],), "input_embeds": ()}
         intake.refuse_unsupported(self, unsupported)
-        nothing: dict[str, tuple[Any, ...]] = {
-            "regex": (),
-            "json_schema": (),
-            "ebnf": (),
-            "structural_tag": (),
-            "logit_bias": ({},),
-        }
-        intake.refuse_unsupported(self.sampling_params, nothing)
+        grammars: dict[str, tuple[Any, ...]] = {"regex": (), "json_schema": (), "ebnf": (), "structural_tag": ()}
+        intake.refuse_unsupported(self.sampling_params, {**grammars, "logit_bias": ({},)})
 
     @property
     def prompt_field(self) -> str:
