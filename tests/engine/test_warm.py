@@ -166,6 +166,31 @@ def test_a_model_that_wakes_up_wrong_is_kept_out_of_service(
     engine.activate(spec, gpu_ids=(0,), kv_bytes=KV)
 
 
+def test_a_new_image_that_brings_the_model_back_wrong_is_never_used(
+    engine: "WarmEngine", store: WeightStore, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = says(engine, "qwen3", checkpoints / "qwen3")
+    for path in images(store):
+        path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_wrong", lambda image: "it says nothing")
+        assert says(engine, "qwen3", checkpoints / "qwen3") == wanted, "from its files"
+    (path,) = images(store)
+    assert _open(path).contents.unfit == "it says nothing"
+
+
+def test_a_canary_that_cannot_be_asked_says_nothing_of_the_image(
+    engine: "WarmEngine", store: WeightStore, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = model("llama", str(checkpoints / "llama"))
+    engine.prepare(spec, gpu_ids=(0,))
+    # A prompt for which there is no room.
+    monkeypatch.setattr(engine, "_wrong", lambda image: str(engine.ask(tuple(range(3, 5000)))))
+    with pytest.raises(CannotServe, match="could not be asked") as refused:
+        engine.activate(spec, gpu_ids=(0,), kv_bytes=1024 * 4096)
+    assert not refused.value.permanent and len(images(store)) == 1
+
+
 def test_exchanged_weights_are_noticed(engine: "WarmEngine", store: WeightStore, checkpoints: Path) -> None:
     spec = model("llama", str(checkpoints / "llama"))
     engine.prepare(spec, gpu_ids=(0,))

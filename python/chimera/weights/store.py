@@ -14,7 +14,7 @@ import mmap
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import msgspec
@@ -72,7 +72,8 @@ class WeightStore:
             path.unlink(missing_ok=True)
             return None
         if image is not None:
-            os.utime(path)
+            with suppress(FileNotFoundError):  # it has gone since, and is ours all the same
+                os.utime(path)
         return image
 
     def discard(self, image: Image, reason: str) -> None:
@@ -165,8 +166,11 @@ class WeightStore:
                 image = Image.open(path)
             except WeightsError:
                 image = None
+            try:
+                idle_s = max(1.0, now_s - path.stat().st_mtime)
+            except FileNotFoundError:  # discarded meanwhile
+                continue
             build_s = 0.0 if image is None else image.contents.build_s
-            idle_s = max(1.0, now_s - path.stat().st_mtime)
             ranked.append((build_s / max(1, _held_bytes(path)) / idle_s, path))
         return [path for _, path in sorted(ranked)]
 

@@ -32,13 +32,16 @@ PARAMETER, BUFFER, ATTRIBUTE = "parameter", "buffer", "attribute"
 
 _NOT_LAYOUT = ("max_total_tokens", "max_running_requests", "tokenizer_path", "log_level")
 _FILES_FORMATS = ("auto", "safetensors")
+_MORE_THAN_ONE_IMAGE = ("speculative_", "cpu_offload", "offload_", "weight_cache", "custom_weight_loader")
 _CAN_BE_MARKED = (torch.float32, torch.bfloat16, torch.float16)
 _UNTYPED = (type(None), bool, int, float, str)
 
 
 def takes_images(model: ModelSpec) -> bool:
-    """Whoever asks for another of SGLang's loaders gets it: `dummy` has no files, others bring their own ways."""
-    return model.engine_args.get("load_format", "auto") in _FILES_FORMATS
+    """Whoever asks for another of SGLang's loaders gets it: `dummy` has no files, others bring their own ways. And where
+    there is a second model, or weights that wander, one image is not all there is."""
+    wandering = any(name.startswith(_MORE_THAN_ONE_IMAGE) and value for name, value in model.engine_args.items())
+    return not wandering and model.engine_args.get("load_format", "auto") in _FILES_FORMATS
 
 
 def key_of(model: ModelSpec, *, engine: str, device: str) -> ImageKey:

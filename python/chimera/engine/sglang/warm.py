@@ -69,8 +69,12 @@ class WarmEngine:
         self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None = None
     ) -> Vitals:
         vitals, image = self.bring_up(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
-        if image is not None:
-            self._verify(image)
+        try:
+            if image is not None:
+                self._require_right(image)
+        except CannotServe:
+            self._bare.deactivate()
+            raise
         return vitals
 
     def bring_up(
@@ -107,21 +111,26 @@ class WarmEngine:
         try:
             self._bare.serve(question)
         except Leave:
+            if question.refusal:
+                # Short of memory, most likely: no reason to think ill of the weights.
+                raise CannotServe(f"it could not be asked the canary prompt: {question.refusal}", permanent=False) from None
             return tuple(question.said)
         raise AssertionError("serve() ends by being left")
 
     def _key(self, model: ModelSpec) -> ImageKey:
         return key_of(model, engine=self._engine, device=_device_kind())
 
-    def _verify(self, image: Image) -> None:
+    def _require_right(self, image: Image) -> None:
+        wrong = self._wrong(image)
+        if wrong:
+            self._store.discard(image, wrong)
+            raise CannotServe(f"{image.contents.model} woke up wrong: {wrong}; its image will be built again", permanent=False)
+
+    def _wrong(self, image: Image) -> str:
+        """What is wrong with the model that has come up from the image; nothing, as a rule."""
         canary = image.contents.canary
         said = self.ask(canary.prompt)
-        if said != canary.tokens:
-            model = image.contents.model
-            self._bare.deactivate()
-            self._store.discard(image, "the model did not answer as it did when the image was built")
-            reason = f"{model} woke up wrong: to the canary prompt it says {said} and should say {canary.tokens}"
-            raise CannotServe(f"{reason}; its image is gone and will be built again", permanent=False)
+        return "" if said == canary.tokens else f"to the canary prompt it says {said} and should say {canary.tokens}"
 
     def _image(self, model: ModelSpec, gpu_ids: tuple[int, ...]) -> Image:
         key = self._key(model)
@@ -175,13 +184,17 @@ class WarmEngine:
         try:
             with _refusing(), loading_from(image, self._copier):
                 self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=model.kv_bytes(_CANARY_ROOM_TOKENS))
-            self._verify(image)
+            wrong = self._wrong(image)
         except CannotServe as fault:
-            log.warning("model=%s loads from its files each time reason=%s", model.name, fault)
-            unfit = Contents(key=key.name, model=model.name, data_bytes=0, entries=(), unfit=str(fault))
-            return self._store.put(key, unfit, [])
-        self._bare.deactivate()
-        return image
+            if not fault.permanent:
+                raise
+            wrong = str(fault)
+        finally:
+            self._bare.deactivate()
+        if not wrong:
+            return image
+        log.warning("model=%s loads from its files each time reason=%s", model.name, wrong)
+        return self._store.put(key, Contents(key=key.name, model=model.name, data_bytes=0, entries=(), unfit=wrong), [])
 
 
 class _Question:
@@ -192,6 +205,7 @@ class _Question:
         self._orders: list[Order] = [Submission("canary", Payload(input_ids=list(prompt), sampling=sampling))]
         self._over = False
         self.said: list[int] = []
+        self.refusal = ""
 
     def collect(self, wait_s: float | None) -> Sequence[Order]:
         if self._over and wait_s != 0.0:
@@ -205,8 +219,8 @@ class _Question:
             self._over |= delta.outcome is not None
 
     def fail(self, request_id: str, code: str, message: str) -> None:
-        log.warning("the canary got no answer code=%s reason=%s", code, message)
         self._over = True
+        self.refusal = f"{code}: {message}"
 
     def give_back(self, request_id: str, reason: str) -> None:
         self.fail(request_id, "requeue", reason)
