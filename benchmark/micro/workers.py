@@ -139,30 +139,40 @@ class Hand:
         inside: set[str] = set()
         while waiting or inside:
             while waiting and len(inside) < at_once:
-                self._sent += 1
-                prompt, tokens = waiting.popleft()
-                request_id = f"{self.name}-{self._sent}"
-                inside.add(request_id)
-                self.channel.send(
-                    stream.Submit(
-                        request_id=request_id, epoch=self.epoch, front=f"front-{self.name}", payload=content(prompt, tokens)
-                    )
-                )
-            self._hear(inside)
+                inside.add(self.submit(*waiting.popleft()))
+            select.select(self.filenos, [], [], 1.0)
+            inside -= {delta.request_id for delta in self.hear() if delta.outcome is not None}
         return time.monotonic() - started
 
-    def _hear(self, inside: set[str]) -> None:
+    def submit(self, prompt: Sequence[int], tokens: int) -> str:
+        self._sent += 1
+        request_id = f"{self.name}-{self._sent}"
+        submission = stream.Submit(
+            request_id=request_id, epoch=self.epoch, front=f"front-{self.name}", payload=content(prompt, tokens)
+        )
+        self.channel.send(submission)
+        return request_id
+
+    @property
+    def filenos(self) -> list[int]:
+        """Where something is to be heard; the first request must have been sent."""
         if self._front is None:
             connection, _ = self._front_socket.accept()
             self._front = BlockingChannel(connection)
-        select.select([self._front.fileno(), self.channel.fileno()], [], [], 1.0)
+        return [self._front.fileno(), self.channel.fileno()]
+
+    def hear(self) -> list[stream.TokenDelta]:
+        """The tokens that have come."""
+        assert self._front is not None
         self.channel.receive(0)
+        heard: list[stream.TokenDelta] = []
         for message in self._front.receive(0):
             match message:
                 case stream.Tokens(deltas=deltas):
-                    inside -= {delta.request_id for delta in deltas if delta.outcome is not None}
+                    heard += deltas
                 case stream.Failed():
                     raise RuntimeError(f"{message.request_id} failed: {message.message}")
+        return heard
 
     @property
     def cpu_s(self) -> float:

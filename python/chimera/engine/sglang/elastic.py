@@ -86,7 +86,10 @@ class ElasticKv:
         if not self._on_cpu:
             reserve.start()
         self._budget.limit_bytes = max(self._level_bytes, reserve.stripe_bytes)
-        self._pool = ElasticPool(layout, reserve, block_slots=page_size, device=device, fence=self._fence)
+        where = torch.device(device)
+        if where.type == "cuda":
+            where = torch.device("cuda", torch.cuda.current_device())  # a tensor over addresses must say which device's
+        self._pool = ElasticPool(layout, reserve, block_slots=page_size, device=where, fence=self._fence)
         try:
             self._pool.grow(self._wanted_stripes)
         except DriverError as refusal:
