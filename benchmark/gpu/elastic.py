@@ -20,10 +20,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
 # Run as a script, perhaps where the package is not installed.
-sys.path.insert(0, str(ROOT / "python"))
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "python"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from chimera.core.model import ModelSpec
 from chimera.msg.actions import FirstLease
