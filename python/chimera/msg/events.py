@@ -154,6 +154,30 @@ class PolicyChosen(Event, frozen=True, kw_only=True):
     policy: str
 
 
+class LoadWanted(Event, frozen=True, kw_only=True):
+    """An operator wants the replica up. What cannot be is answered with a `Reject` of the order."""
+
+    order: str
+    front: str
+    """Whom to answer."""
+    replica: ReplicaId
+    gpu_ids: tuple[int, ...] = ()
+    """Empty: where it stood last, or on the emptiest."""
+    kv_limit_bytes: int | None = None
+
+
+class UnloadWanted(Event, frozen=True, kw_only=True):
+    """An operator wants the model, or one of its replicas, down."""
+
+    order: str
+    front: str
+    model: str
+    index: int | None = None
+    """`None`: every replica."""
+    drain_s: float | None = None
+    """How long its requests may go on before they come back; `None`: as the model's entry says."""
+
+
 class GpuSampled(Event, frozen=True, kw_only=True):
     """Memory held on the device by processes that are not ours."""
 

@@ -10,7 +10,7 @@ import msgspec
 
 from chimera.core.ledger_view import LedgerView
 from chimera.core.model import ModelSpec
-from chimera.core.replica import Epoch, ReplicaId
+from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
 from chimera.core.snapshot import Snapshot
 from chimera.msg.actions import Route
@@ -170,6 +170,20 @@ class LedgerTold(Stream, frozen=True, kw_only=True):
     """An agent's ledgers, on change and at most every so often."""
 
     view: LedgerView
+
+
+class ReplicaNews(Stream, frozen=True, kw_only=True):
+    """What has become of a replica, and why; from control to every front-end, for those who watch."""
+
+    replica: ReplicaId
+    state: ReplicaState
+    reason: str
+    gpu_ids: tuple[int, ...] = ()
+    at_s: float
+    """On control's monotonic clock."""
+    load_s: float | None = None
+    failed: bool = False
+    """It has stopped because it could not be brought up, or was lost."""
 
 
 class SnapshotWanted(Stream, frozen=True, kw_only=True):

@@ -34,6 +34,7 @@ from chimera.msg.events import (
     AgentJoined,
     AgentLost,
     Event,
+    LoadWanted,
     ModelRegistered,
     ModelRemoved,
     Outcome,
@@ -43,6 +44,7 @@ from chimera.msg.events import (
     RequestArrived,
     RequestCancelled,
     RequestFinished,
+    UnloadWanted,
     Woke,
     WorkerLost,
 )
@@ -59,6 +61,8 @@ ControlInput = Event | Reject | Requeue
 FIRST_PACE_S = 1.0
 """Seconds from one end to the next on one replica, until the first has been seen."""
 PACE_MEMORY = 0.9
+CROWD = 8
+"""So many requests at one replica, and each doubling of it, are news for the policy."""
 SOON_S = 0.02
 """Reviews that events ask for are at least so far apart."""
 
@@ -209,6 +213,10 @@ class ControlScheduler:
                 return self._removed(event.model, now)
             case PolicyChosen():
                 return self._policy_chosen(event.policy, now)
+            case LoadWanted():
+                return self._load_wanted(event, now)
+            case UnloadWanted():
+                return self._unload_wanted(event, now)
             case Woke():
                 return self._woke(now)
             case _:
@@ -288,7 +296,11 @@ class ControlScheduler:
             if not self._places_of(request.model):
                 self._review_soon(now)
             return []
-        return [self._route(request, place, now)]
+        route = self._route(request, place, now)
+        crowd = len(place.routed)
+        if crowd >= CROWD and crowd & (crowd - 1) == 0:  # twice as many as when it was last asked for this
+            self._review_soon(now)
+        return [route]
 
     def _refusal(self, request: Request, now: float) -> Reject | None:
         """Why the request cannot even wait, if so."""
@@ -695,6 +707,67 @@ class ControlScheduler:
         else:
             yield from self._drop(place, reason)
 
+    # The operator's word. It holds until the policy decides anew, which goes on from what then stands.
+
+    def _load_wanted(self, event: LoadWanted, now: float) -> Iterator[Action]:
+        model = self._models.get(event.replica.model)
+        if model is None:
+            reason = f"no model is registered as {event.replica.model}"
+            yield _refuse_order(event, RejectCode.MODEL_NOT_FOUND, reason)
+            return
+        seat = self._seat_for(event, model)
+        if seat is None:
+            where = f"GPUs {list(event.gpu_ids)}" if event.gpu_ids else f"{model.tp_size} GPUs"
+            yield _refuse_order(event, RejectCode.MODEL_UNAVAILABLE, f"no agent is here with {where} for {event.replica}")
+            return
+        place = self._places.get(event.replica)
+        if place is not None and place.state in (PlaceState.FAILED, PlaceState.QUARANTINED):
+            place.failures = 0
+            self._await_agent(place, now)
+        others = [other for other in self._wanted.seats if other.replica != event.replica]
+        placement, reasons = Placement((*others, seat)), {event.replica: "the operator wants it loaded"}
+        yield from self._want(Decision(placement=placement, reasons=reasons), now)
+        yield from self._settle(event.replica.model, now, reasons)
+
+    def _unload_wanted(self, event: UnloadWanted, now: float) -> Iterator[Action]:
+        if event.model not in self._models:
+            yield _refuse_order(event, RejectCode.MODEL_NOT_FOUND, f"no model is registered as {event.model}")
+            return
+        leaving = [
+            seat.replica
+            for seat in self._wanted.seats
+            if seat.replica.model == event.model and event.index in (None, seat.replica.index)
+        ]
+        placement = Placement(tuple(seat for seat in self._wanted.seats if seat.replica not in leaving))
+        reasons = dict.fromkeys(leaving, "the operator wants it unloaded")
+        for action in self._want(Decision(placement=placement, reasons=reasons), now):
+            if isinstance(action, Deactivate) and event.drain_s is not None:
+                yield msgspec.structs.replace(action, drain_s=event.drain_s)
+            else:
+                yield action
+
+    def _seat_for(self, event: LoadWanted, model: ModelSpec) -> Seat | None:
+        """Where the operator says; else where it is wanted or was filed; else on the emptiest GPUs of one agent."""
+        known = [seat for seat in (*self._wanted.seats, *self._filed.seats) if seat.replica == event.replica]
+        kv_limit = event.kv_limit_bytes if event.kv_limit_bytes or not known else known[0].kv_limit_bytes
+        gpu_ids = event.gpu_ids or (known[0].gpu_ids if known else self._emptiest(model.tp_size))
+        seat = Seat(replica=event.replica, gpu_ids=gpu_ids, kv_limit_bytes=kv_limit)
+        return seat if len(gpu_ids) == model.tp_size and self._owner(seat) is not None else None
+
+    def _emptiest(self, count: int) -> tuple[int, ...]:
+        free = {gpu.gpu_id: gpu.capacity_bytes for agent in self._agents.values() if agent.present for gpu in agent.gpus}
+        for seat in self._wanted.seats:
+            for gpu_id in seat.gpu_ids:
+                if gpu_id in free and seat.replica.model in self._models:
+                    free[gpu_id] -= self._models[seat.replica.model].weight_bytes
+        groups = [
+            sorted(agent.gpus, key=lambda gpu: (-free[gpu.gpu_id], gpu.gpu_id))[:count]
+            for agent in self._agents.values()
+            if agent.present and len(agent.gpus) >= count
+        ]
+        best = max(groups, key=lambda group: sum(free[gpu.gpu_id] for gpu in group), default=[])
+        return tuple(gpu.gpu_id for gpu in best)
+
     # Time.
 
     def _woke(self, now: float) -> Iterator[Action]:
@@ -826,6 +899,10 @@ def _copy(state: ControlState) -> ControlState:
 
 def _reject(request: Request, code: RejectCode, reason: str, *, retry_after_s: float | None = None) -> Reject:
     return Reject(request_id=request.request_id, front=request.front, code=code, retry_after_s=retry_after_s, reason=reason)
+
+
+def _refuse_order(order: LoadWanted | UnloadWanted, code: RejectCode, reason: str) -> Reject:
+    return Reject(request_id=order.order, front=order.front, code=code, reason=reason)
 
 
 def _requeue(request: Request, reason: str) -> Requeue:

@@ -30,6 +30,9 @@ Message = (
     | events.PagesWanted
     | events.PagesReturned
     | events.PagesHeld
+    | events.PolicyChosen
+    | events.LoadWanted
+    | events.UnloadWanted
     | events.GpuSampled
     | events.Woke
     | actions.Activate
@@ -58,6 +61,7 @@ Message = (
     | stream.Prepare
     | stream.Prepared
     | stream.LedgerTold
+    | stream.ReplicaNews
     | stream.SnapshotWanted
     | stream.SnapshotTaken
     | stream.Stop
