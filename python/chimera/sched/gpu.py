@@ -147,6 +147,7 @@ class GpuState(msgspec.Struct, frozen=True, kw_only=True):
     tenants: tuple[TenantState, ...] = ()
     passed: int = 0
     room_bytes: int = 0
+    wake_s: float | None = None
 
 
 class GpuScheduler:
@@ -159,6 +160,7 @@ class GpuScheduler:
         self._costs = costs
         self._room_bytes = 0
         """For the caches of all tenants together, as the newest of them found it."""
+        self._wake_s: float | None = None
         self._passed = 0
         """Turns on this GPU since a late request had one."""
         self._tenants: dict[ReplicaId, Tenant] = {}
@@ -203,11 +205,10 @@ class GpuScheduler:
     def tenants(self) -> Iterator[Tenant]:
         return iter(self._tenants.values())
 
-    def wake_s(self, now: float) -> float | None:
+    @property
+    def wake_s(self) -> float | None:
         """When some engine should be through its prompts and can be given more; `None` if no request waits for that."""
-        waiting = [t for t in self.tenants() if t.cost is not None and t.free_credits > 0 and len(t.queue)]
-        moments = (t.busy_until_s - AHEAD_S for t in waiting)
-        return min((moment_s for moment_s in moments if now < moment_s), default=None)
+        return self._wake_s
 
     # Replicas.
 
@@ -370,11 +371,15 @@ class GpuScheduler:
 
     def _admit_all(self, now: float) -> list[Action]:
         """Whose turn it is among all that wait on this GPU: in time before late, by deadline; now and then the oldest late."""
-        done: list[Action] = [action for tenant in self.tenants() for action in self._turn_away(tenant, now)]
-        while True:
-            waiting = [t for t in self.tenants() if t.free_credits > 0 and len(t.queue)]
+        self._wake_s = None
+        waiting = [t for t in self._tenants.values() if len(t.queue)]
+        done: list[Action] = [action for tenant in waiting for action in self._turn_away(tenant, now)]
+        while waiting:
+            waiting = [t for t in waiting if len(t.queue) and t.free_credits > 0]
             if not waiting:
                 return done
+            moments = (moment_s for t in waiting if (moment_s := t.busy_until_s - AHEAD_S) > now)
+            self._wake_s = min(moments, default=None)
             if self._passed >= LATE_TURN and any(t.queue.turn(now)[0] for t in waiting):
                 oldest = min(waiting, key=lambda t: (not t.queue.turn(now)[0], t.queue.turn(now)[1], t.replica))
                 if not self._may_take(oldest, now):
@@ -388,6 +393,7 @@ class GpuScheduler:
                 return done
             self._passed += 1
             done.append(self._give(chosen, now))
+        return done
 
     def _give(self, tenant: Tenant, now: float) -> Admit:
         request = tenant.queue.pop(now)
@@ -472,6 +478,7 @@ class GpuScheduler:
             gpu_id=self.gpu_id,
             passed=self._passed,
             room_bytes=self._room_bytes,
+            wake_s=self._wake_s,
             tenants=tuple(
                 TenantState(
                     model=t.model,
@@ -494,6 +501,7 @@ class GpuScheduler:
         scheduler = cls(state.gpu_id, mint, local, costs)
         scheduler._passed = state.passed
         scheduler._room_bytes = state.room_bytes
+        scheduler._wake_s = state.wake_s
         for told in state.tenants:
             tenant = Tenant(told.model, told.seat, told.epoch, local, costs)
             tenant.busy_until_s = told.busy_until_s

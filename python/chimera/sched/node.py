@@ -65,8 +65,7 @@ class NodeScheduler:
         actions = self._decide(event, now)
         if self._local == "fcfs" or self._costs is None:
             return actions
-        waits = (wait_s for gpu in self._gpus.values() if (wait_s := gpu.wake_s(now)) is not None)
-        soonest = min(waits, default=None)
+        soonest = min((gpu.wake_s for gpu in self._gpus.values() if gpu.wake_s is not None), default=None)
         if soonest is None or (self._wake_s is not None and now < self._wake_s <= soonest):
             return actions
         self._wake_s = soonest

@@ -202,6 +202,8 @@ class Board:
                 continue
             if min(self.demand(seat.replica.model).idle_s, self.since_s(seat.replica)) >= keep_s:
                 self.remove(seat, f"idle beyond its keep-alive of {keep_s:g} s")
+        if warm.most_models is None and warm.most_bytes is None:
+            return
         leavers = sorted((seat for seat in self.seats() if self.may_leave(seat)), key=self.leaving_order)
         for seat in leavers:
             models = {other.replica.model for other in self.seats()}

@@ -49,13 +49,14 @@ class Flexible(msgspec.Struct, frozen=True):
             self._bring_in(plan, model)
         self._warm_up(plan)
         stirring = any(d.open or d.waiting for d in question.snapshot.demands.values())
-        if stirring:
+        pressed = stirring and bool(plan.pressed(self.pressed))
+        if pressed:
             for _ in range(self.changes):
                 if not self._relieve(plan):
                     break
             self._withdraw(plan)
         board.keep_house()
-        return board.decision(TICK_S if stirring and plan.pressed(self.pressed) else 4 * TICK_S if stirring else CALM_S)
+        return board.decision(TICK_S if pressed or board.seatless() else CALM_S)
 
     def _bring_in(self, plan: _Plan, model: ModelSpec) -> None:
         """Somebody waits: where it fits and harms least, else where idle models can leave."""
