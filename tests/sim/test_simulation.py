@@ -80,7 +80,7 @@ def test_a_cache_that_is_full_makes_requests_wait_and_loses_none() -> None:
     small = msgspec.structs.replace(MODELS[0], kv_bytes_per_token=GIB // 20)
     told = stories(scenario(gpus=1, models=(small,)), trace(*burst(40)))
     assert all(story.answered for story in told)
-    assert max(story.ttft_s or 0 for story in told) > 1.0
+    assert max(story.ttft_s or 0 for story in told) > 0.5
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
