@@ -194,3 +194,14 @@ def test_kv_of_four_bits_is_refused_with_what_to_change(kv: Any) -> None:
     quantised = SimpleNamespace(is_quantized_kv_cache=True, quant_method=SimpleNamespace(name="nvfp4"), kv_cache_layout="nhd")
     with plugin.elastic_memory(kv), pytest.raises(CannotServe, match="nvfp4 cannot have elastic memory: set elastic to false"):
         plugin._create_heads(lambda pool: None, quantised)
+
+
+def test_the_request_that_came_last_yields_first(kv: Any) -> None:
+    from chimera.engine.sglang import plugin
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+    with plugin.elastic_memory(kv):
+        pass
+    # SGLang takes from the end of this list, and by itself would keep whoever has said most.
+    came = [SimpleNamespace(priority=-turn, output_ids=[0] * turn, origin_input_ids=[0]) for turn in (3, 1, 2)]
+    assert ScheduleBatch._get_decode_retraction_order(came) == [1, 2, 0]

@@ -54,6 +54,7 @@ class Mailbox:
         self._idle = idle
         self._memory = memory
         self._incoming: deque[Any] = deque()
+        self._submitted = 0
         self._open: dict[str, int] = {}
         """Request id → log-probability alternatives wanted, -1 for none."""
 
@@ -96,7 +97,8 @@ class Mailbox:
         match order:
             case Submission(request_id, payload):
                 self._open[request_id] = -1 if payload.logprobs is None else payload.logprobs
-                self._incoming.append(_generate_request(order))
+                self._submitted += 1
+                self._incoming.append(_generate_request(order, turn=self._submitted))
             case Withdrawal(request_id):
                 if self._open.pop(request_id, None) is not None:
                     self._incoming.append(AbortReq(rid=request_id + _END_OF_ID))
@@ -158,7 +160,7 @@ class Mailbox:
         self._post.fail(request_id, code, str(message))
 
 
-def _generate_request(submission: Submission) -> TokenizedGenerateReqInput:
+def _generate_request(submission: Submission, *, turn: int) -> TokenizedGenerateReqInput:
     payload = submission.payload
     return TokenizedGenerateReqInput(
         rid=submission.request_id + _END_OF_ID,
@@ -173,6 +175,8 @@ def _generate_request(submission: Submission) -> TokenizedGenerateReqInput:
         top_logprobs_num=payload.logprobs or 0,
         token_ids_logprob=None,
         stream=True,
+        # Scheduled in the order in which it comes, whatever this says; who yields when memory is short, `plugin.py` reads here.
+        priority=-turn,
     )
 
 

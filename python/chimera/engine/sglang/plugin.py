@@ -25,6 +25,8 @@ _BATCH = "sglang.srt.managers.schedule_batch.ScheduleBatch"
 _HAS_TREE_CORES = hasattr(envs, "SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND")
 
 _registered = False
+_is_ours = False
+"""Whether this process has built an engine of ours, so that its requests carry our order."""
 _building: ElasticKv | None = None
 
 
@@ -38,6 +40,7 @@ def register() -> None:
     HookRegistry.register(f"{_POOLS}.MLATokenToKVPool._create_buffers", _create_latent, HookType.AROUND)
     HookRegistry.register(f"{_CONFIGURATOR}._build_token_to_kv_pool_allocator", _build_allocator, HookType.AROUND)
     HookRegistry.register(f"{_BATCH}.check_decode_mem", _check_decode_mem, HookType.AROUND)
+    HookRegistry.register(f"{_BATCH}._get_decode_retraction_order", _last_come_yields_first, HookType.AROUND)
 
 
 def activate() -> None:
@@ -49,8 +52,8 @@ def activate() -> None:
 @contextmanager
 def elastic_memory(kv: ElasticKv | None) -> Iterator[None]:
     """What is built inside has its KV pool on `kv`; `None` is SGLang's own."""
-    global _building
-    _building = kv
+    global _building, _is_ours
+    _building, _is_ours = kv, True
     try:
         if kv is None:
             yield
@@ -139,3 +142,12 @@ def _check_decode_mem(original: Callable[..., bool], batch: Any, selected_indice
         return True
     left = len(batch.reqs) if selected_indices is None else len(selected_indices)
     return allocator.kv.allows(batch.new_tokens_required_next_decode(selected_indices), left)
+
+
+def _last_come_yields_first(
+    original: Callable[..., list[int]], requests: Sequence[Any], *more: Any, **settings: Any
+) -> list[int]:
+    """Whom to keep, dearest first: in the order in which the agent sent them, so that nobody is overtaken by a later one."""
+    if not _is_ours:
+        return original(requests, *more, **settings)
+    return sorted(range(len(requests)), key=lambda index: -requests[index].priority)
