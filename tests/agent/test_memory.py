@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from chimera.agent.memory import NodeMemory
+from chimera.agent.memory import RECALL_WITHIN_S, STOPPED_AFTER_S, NodeMemory
 from chimera.core.gpu import Gpu
 from chimera.core.lease import LeaseClass
 from chimera.core.model import ModelSpec
@@ -30,7 +30,10 @@ class World:
     def __init__(self, capacity_bytes: int = 2 * GIB) -> None:
         self.now = 100.0
         self.gpu = Gpu(gpu_id=0, capacity_bytes=capacity_bytes, page_bytes=PAGE, virtual=True)
-        self.memory = NodeMemory([self.gpu], 7, send=self._deliver, start=self._begin, fail=self._failed)
+        self.stopped: list[str] = []
+        self.memory = NodeMemory(
+            [self.gpu], 7, send=self._deliver, start=self._begin, fail=self._failed, stop=self.stopped.append
+        )
         self.holders: dict[str, Holder] = {}
         self.unread: list[Order] = []
         self.failed: list[events.ActivationFailed] = []
@@ -162,6 +165,20 @@ def test_a_replica_called_off_while_it_waits_leaves_nothing_behind() -> None:
     world.memory.hear(events.ReplicaStopped(replica=life[0], epoch=life[1], reason="called off"), world.now)
     world.settle()
     assert not world.memory.waits(life) and set(world.holders) == {"a"}
+
+
+def test_a_worker_that_keeps_what_was_recalled_is_stopped_and_its_memory_comes_back() -> None:
+    world = World()
+    world.bring_up("a")
+    world.holders["a"].busy = 900
+    world.bring_up("b")
+    world.settle()
+    assert "b" not in world.holders and world.stopped == []
+    world.now += RECALL_WITHIN_S + STOPPED_AFTER_S + 0.1
+    world.memory.hear(events.Woke(), world.now)
+    assert world.stopped == ["w-a"]
+    world.memory.hear(events.WorkerLost(worker="w-a", reason="killed"), world.now)
+    assert world.levels()["b"] > 0
 
 
 # The same with real workers.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -77,7 +78,12 @@ class Agent:
         """Empty where KV pools are of fixed size."""
         if elastic:
             self.memory = NodeMemory(
-                gpus, agent_start, send=self._order_pages, start=self._start_replica, fail=self._fail_replica
+                gpus,
+                agent_start,
+                send=self._order_pages,
+                start=self._start_replica,
+                fail=self._fail_replica,
+                stop=self._stop_worker,
             )
         self._memory_timer: asyncio.TimerHandle | None = None
         self._ledger_timer: asyncio.TimerHandle | None = None
@@ -315,6 +321,12 @@ class Agent:
         log.warning("no memory replica=%s reason=%s", failed.replica, failed.reason)
         # Not from inside the decision that asked for it.
         asyncio.get_running_loop().call_soon(self._report, failed)
+
+    def _stop_worker(self, name: str) -> None:
+        worker = next((worker for worker in self._pool if worker.name == name), None)
+        if worker is not None and worker.vigil is not None:
+            log.error("killed worker=%s replica=%s reason=it keeps memory that was recalled", name, worker.replica)
+            worker.vigil.signal(signal.SIGKILL)
 
     def _set_memory_timer(self) -> None:
         assert self.memory is not None

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 
 RECALL_WITHIN_S: Final = 0.5
 """How long a replica may take to come down; in the second half its requests yield."""
+STOPPED_AFTER_S: Final = 30.0
+"""How long past the deadline of a recall its replica is stopped: a step may be long, but not so long."""
 _DIVIDE_EVERY_S: Final = 0.05
 _LEAST_BYTES: Final = 128 * MIB
 """Enough for the first stripe of any model; less on a GPU that has little."""
@@ -46,7 +48,10 @@ class _Tenancy:
 
 
 class NodeMemory:
-    """`send` takes orders to replicas, `start` activations whose memory is there, `fail` those that can never fit."""
+    """`send` takes orders to replicas, `start` activations whose memory is there, `fail` those that can never fit.
+
+    `stop` takes the name of a worker that keeps what was recalled: only its end brings that back.
+    """
 
     def __init__(
         self,
@@ -56,11 +61,13 @@ class NodeMemory:
         send: Callable[[Order], None],
         start: Callable[[Activate], None],
         fail: Callable[[ActivationFailed], None],
+        stop: Callable[[str], None],
     ) -> None:
         self.ledger = NodeLedger(GpuLedger(gpu, agent_start=agent_start) for gpu in gpus)
         self._send = send
         self._start = start
         self._fail = fail
+        self._stop = stop
         self._tenancies: dict[Life, _Tenancy] = {}
         self._divided_s: dict[int, float] = {}
         self._put_off: dict[int, float] = {}
@@ -119,6 +126,10 @@ class NodeMemory:
         touched |= {gpu_id for gpu_id, due_s in self._put_off.items() if due_s <= now}
         for gpu_id in touched:
             self._redivide(gpu_id, now)
+        for ledger in self.ledger:
+            for entry in ledger.overdue(now):
+                if entry.overdue_s > STOPPED_AFTER_S:
+                    self._stop(entry.worker)
 
     @property
     def next_wake_s(self) -> float | None:
