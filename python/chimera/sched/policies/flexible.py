@@ -19,7 +19,7 @@ from chimera.sched.policies.board import Board
 from chimera.sched.policies.forecast import Asked, Forecast, Load, forecast, load_of
 from chimera.sched.policies.policy import CALM_S, TICK_S, Decision, Question
 
-DOUBT = 1.5
+DOUBT = 1.0
 """How many standard deviations of a count make it more than chance."""
 
 
@@ -37,10 +37,12 @@ class Flexible(msgspec.Struct, frozen=True):
     """An idle model leaves for one that is waited for after this long."""
     spare: float = 0.2
     """The part of a GPU left to caches before a model is brought in that nobody waits for."""
-    changes: int = 2
+    changes: int = 1
     """The most replicas brought in by one decision beside those that are waited for."""
     looked_at: int = 3
     """The models under the most pressure are looked at."""
+    tried_gangs: int = 4
+    """For each of them, the places with the least work."""
 
     def decide(self, question: Question) -> Decision:
         board = Board(question)
@@ -81,14 +83,9 @@ class Flexible(msgspec.Struct, frozen=True):
 
     def _relieve(self, plan: _Plan) -> bool:
         """The one more replica that promises the most, if it is worth it."""
-        board = plan.board
         best: tuple[float, ModelSpec, tuple[int, ...]] | None = None
         for model in plan.pressed(self.pressed)[: self.looked_at]:
-            for gang in board.gangs(model):
-                if board.stands_on(model.name, gang) or any(board.loading(g) > 1 for g in gang):
-                    continue
-                if not plan.has_room(model, gang, self.settle_s):
-                    continue
+            for gang in self._places(plan, model):
                 gain = plan.gain(model, gang)
                 if gain >= self._price(plan, model, gang) and (best is None or gain > best[0]):
                     best = (gain, model, gang)
@@ -98,6 +95,19 @@ class Flexible(msgspec.Struct, frozen=True):
         plan.clear(model, gang, self.settle_s)
         plan.add(model, gang, f"with a replica on GPUs {list(gang)}, {gain:.2f} more requests a second keep their SLO")
         return True
+
+    def _places(self, plan: _Plan, model: ModelSpec) -> list[tuple[int, ...]]:
+        """Where one more replica could stand, the least busy first."""
+        board = plan.board
+        places = [
+            gang
+            for gang in board.gangs(model)
+            if not board.stands_on(model.name, gang)
+            and all(board.loading(g) < 2 for g in gang)
+            and plan.has_room(model, gang, self.settle_s)
+        ]
+        places.sort(key=lambda gang: (max(plan.forecast_of(g).busy for g in gang), gang))
+        return places[: self.tried_gangs]
 
     def _price(self, plan: _Plan, model: ModelSpec, gang: tuple[int, ...]) -> float:
         """What a change has to promise: a part of what it touches, more the longer it takes to come about."""
