@@ -25,9 +25,20 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(list(sys.argv[1:] if argv is None else argv))
+    except ChimeraError as fault:
+        print(fault, file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `chimera status | head`
+        return 1
+    except KeyboardInterrupt:  # before the verb has its own answer to Ctrl-C, or where it needs none
+        return 130
+
+
+def _run(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="chimera", description=chimera.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="chimera", description="Elastic sharing of GPUs among many language models, on stock SGLang."
     )
     parser.add_argument("--version", action="version", version=f"chimera {chimera.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
@@ -38,13 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             module = importlib.import_module(f"chimera.cli.{verb.replace('-', '_')}")
             module.configure(verb_parser)
     arguments = parser.parse_args(words)
-    try:
-        status: int = module.run(arguments)
-    except ChimeraError as fault:
-        print(fault, file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # `chimera status | head`
-        return 1
+    status: int = module.run(arguments)
     return status
 
 

@@ -330,7 +330,8 @@ class Supervisor:
         fronts = [child for child in self._children if child.name.startswith("front")]
         control = [child for child in self._children if child.name == "control"]
         if self._children and not self._hurry.is_set():
-            self._say(f"stopping: open answers have {self._service.drain_s:g} s (Ctrl-C again stops at once)")
+            answers_have = f": open answers have {self._service.drain_s:g} s" if self._fronts_here.is_set() else ""
+            self._say(f"stopping{answers_have} (Ctrl-C again stops at once)")
         for group, patience_s in ((fronts, self._service.drain_s + LEAVE_S), (control, LEAVE_S), (self._children, LEAVE_S)):
             for child in group:
                 child.signal(signal.SIGTERM)

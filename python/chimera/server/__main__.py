@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
-import logging
 import signal
 import socket
 import sys
@@ -14,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from chimera.server.front import FrontEnd, listen
+from chimera.wire import process
 
 PORT_IN_USE = 2
 
 
 def main() -> int:
     arguments = _parser().parse_args()
-    logging.basicConfig(
-        level=arguments.log_level.upper(), format=f"%(asctime)s {arguments.name} %(levelname)s %(message)s", stream=sys.stderr
-    )
+    process.start_logging(arguments.name, arguments.log_level)
     try:
         listener = listen(arguments.host, arguments.port)
     except OSError as fault:

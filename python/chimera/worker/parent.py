@@ -24,6 +24,7 @@ from chimera.engine.preload import NAMES, preload
 from chimera.msg.stream import Fork, Forked, Stop
 from chimera.weights.store import WeightStore
 from chimera.wire.blocking import BlockingChannel
+from chimera.wire.process import start_logging
 from chimera.worker import process
 
 log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def main() -> int:
     parser.add_argument("--images-bytes", type=int, metavar="N", help="how much the images may take (default: what is free)")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
-    logging.basicConfig(level=arguments.log_level.upper(), format="%(asctime)s %(levelname).1s parent %(name)s: %(message)s")
+    start_logging("parent", arguments.log_level)
     end_with_starter()
     try:
         images = None if arguments.images is None else WeightStore(arguments.images, arguments.images_bytes)
