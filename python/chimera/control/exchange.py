@@ -16,7 +16,7 @@ from pathlib import Path
 from chimera.control.telemetry import Telemetry
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement
-from chimera.core.replica import ReplicaId
+from chimera.core.replica import ReplicaId, ReplicaState
 from chimera.msg import actions, events, stream
 from chimera.msg.actions import Action
 from chimera.sched.control import ControlInput, ControlScheduler
@@ -62,7 +62,7 @@ class Exchange:
         decisions: Callable[[bytes], object] | None = None,
     ) -> None:
         self.scheduler = ControlScheduler(wanted)
-        self._models = tuple(models)
+        self._models = {model.name: model for model in models}
         self._socket = socket
         self._recorder = Recorder(self.scheduler)
         self._decisions = decisions
@@ -80,7 +80,7 @@ class Exchange:
         """Of the requests that were not handed to an agent yet."""
 
     async def start(self) -> None:
-        for model in self._models:
+        for model in self._models.values():
             self._decide(events.ModelRegistered(model=model))
         self._server = await serve(self._socket, self._greet)
 
@@ -135,7 +135,7 @@ class Exchange:
             front = _Front(hello, channel, vigil)
             self._fronts[hello.name] = front
         channel.deliver_to(lambda message: self._front_says(hello.name, channel, message))
-        for model in self._models:
+        for model in self._models.values():
             channel.send(events.ModelRegistered(model=model))
         for watcher in self._watchers:
             watcher.send(hello)
@@ -207,6 +207,10 @@ class Exchange:
                 self._cancel(message, request_id)
             case stream.SnapshotWanted():
                 channel.send(self._snapshot())
+            case events.LoadWanted() | events.UnloadWanted():
+                self._decide(message)
+            case events.ModelRegistered() | events.ModelRemoved():
+                self._change_models(message)
             case _:
                 log.warning("front-end %s says what control does not understand: %s", name, type(message).__name__)
 
@@ -239,10 +243,46 @@ class Exchange:
             self._news[news.replica] = news
         for watcher in self._watchers:
             watcher.send(news)
+        match news:
+            case events.ReplicaReady(replica=replica, load_s=load_s):
+                self._report(replica, ReplicaState.SERVING, f"ready in {load_s:.1f} s", load_s=load_s)
+            case events.ReplicaStopped(replica=replica, reason=reason):
+                self._report(replica, ReplicaState.STOPPED, reason)
+            case events.ActivationFailed(replica=replica, reason=reason):
+                self._report(replica, ReplicaState.STOPPED, reason, failed=True)
+            case events.WorkerLost(replica=ReplicaId() as replica, reason=reason):
+                self._report(replica, ReplicaState.STOPPED, reason, failed=True)
+
+    def _report(
+        self,
+        replica: ReplicaId,
+        state: ReplicaState,
+        reason: str,
+        *,
+        gpu_ids: tuple[int, ...] = (),
+        load_s: float | None = None,
+        failed: bool = False,
+    ) -> None:
+        now = time.monotonic()
+        self._tell_fronts(
+            stream.ReplicaNews(
+                replica=replica, state=state, reason=reason, gpu_ids=gpu_ids, at_s=now, load_s=load_s, failed=failed
+            )
+        )
 
     def _watcher_says(self, channel: Channel, message: Message) -> None:
         if isinstance(message, stream.SnapshotWanted):
             channel.send(self._snapshot())
+
+    def _change_models(self, change: events.ModelRegistered | events.ModelRemoved) -> None:
+        """On an operator's word; every front-end hears of it."""
+        match change:
+            case events.ModelRegistered(model=model):
+                self._models[model.name] = model
+            case events.ModelRemoved(model=name):
+                self._models.pop(name, None)
+        self._decide(change)
+        self._tell_fronts(change)
 
     def _cancel(self, cancel: stream.Cancel, request_id: str) -> None:
         self._payloads.pop(request_id, None)
@@ -273,9 +313,11 @@ class Exchange:
                 self._tell_agent(action, delivery)
             case actions.Activate():
                 log.info("activate replica=%s gpus=%s reason=%s", action.seat.replica, action.seat.gpu_ids, action.reason)
+                self._report(action.seat.replica, ReplicaState.LOADING, action.reason, gpu_ids=action.seat.gpu_ids)
                 self._tell_agent(action, action)
             case actions.Deactivate():
                 log.info("deactivate replica=%s reason=%s", action.replica, action.reason)
+                self._report(action.replica, ReplicaState.DRAINING, action.reason)
                 self._tell_agent(action, action)
             case actions.Abort():
                 self._tell_agent(action, action)
@@ -297,6 +339,10 @@ class Exchange:
         known = self._fronts.get(front)
         if known is not None:  # else it is away, and brings again what was not answered
             known.channel.send(message)
+
+    def _tell_fronts(self, message: Message) -> None:
+        for front in self._fronts.values():
+            front.channel.send(message)
 
     def _wake_at(self, at_s: float) -> None:
         if self._timer is not None:

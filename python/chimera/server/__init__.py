@@ -12,6 +12,8 @@ answer     one answer under way: tokens to text to its reader
 readers    who waits for an answer: an event stream, or a body sent whole
 desk       every open answer, and what becomes of it when a worker or control is lost
 relay      the sockets to control and workers
+bodies     a body read within its limits, a body written
+operator   load, unload, pin, events: the operator's verbs
 app        routes
 front      the parts put together
 """

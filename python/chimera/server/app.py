@@ -22,18 +22,18 @@ from chimera.msg.stream import Sampling
 from chimera.server import intake
 from chimera.server.answer import Answer, Terms
 from chimera.server.anthropic import CountRequest, MessagesRequest
+from chimera.server.bodies import MAX_BODY_BYTES, json_response, read_body
 from chimera.server.catalogue import Catalogue
 from chimera.server.desk import Desk
 from chimera.server.errors import error_response, refusal_response
 from chimera.server.intake import CompletionWish
 from chimera.server.native import GenerateRequest
 from chimera.server.openai import ChatRequest, CompletionRequest
+from chimera.server.operator import Operator
 from chimera.server.readers import EventStream, FirstToken, WholeBody
 from chimera.server.relay import Relay
 from chimera.server.responses import ResponsesRequest
 
-MAX_BODY_BYTES = 16 << 20
-_BODY_WITHIN_S = 60.0
 _PROBE_WITHIN_S = 20.0
 _ASIDE_BYTES = 4096
 """Bodies longer than this are tokenised in a thread; shorter ones cost less than the way there and back."""
@@ -77,11 +77,12 @@ class App:
                 web.get("/ledger", self._ledger),
             ]
         )
+        app.add_routes(Operator(self._catalogue, self._relay).routes())
         return app
 
     async def _complete(self, decoder: msgspec.json.Decoder[CompletionWish], http: web.Request) -> web.StreamResponse:
         arrived_s = time.monotonic()
-        body = await _body(http)
+        body = await read_body(http)
         wish = intake.decode(body, decoder)
         wish.check()
         stops = intake.stop_strings(wish.stop)
@@ -111,16 +112,16 @@ class App:
         return await self._wait_for(answers, reader.respond(http, {"x-request-id": request_id}))
 
     async def _count_tokens(self, http: web.Request) -> web.Response:
-        body = await _body(http)
+        body = await read_body(http)
         request = intake.decode(body, _count_decoder)
         request.check()
         tokenizer = await self._catalogue.tokenizer(self._catalogue.resolve(request.model))
         [prompt_ids] = await _aside(len(body), partial(request.prompts, tokenizer))
-        return _json_response({"input_tokens": len(prompt_ids)})
+        return json_response({"input_tokens": len(prompt_ids)})
 
     async def _embeddings(self, http: web.Request) -> web.Response:
         """No engine here makes any; the answer says so of the model that was asked."""
-        request = intake.decode(await _body(http), _embedding_decoder)
+        request = intake.decode(await read_body(http), _embedding_decoder)
         spec = self._catalogue.resolve(request.model)
         raise RequestError("unsupported_parameter", f"{spec.name} generates text; it makes no embeddings", param="model")
 
@@ -137,18 +138,18 @@ class App:
     # What there is, and how it does.
 
     async def _models(self, http: web.Request) -> web.Response:
-        return _json_response({"object": "list", "data": [_card(spec, since_s) for spec, since_s in self._catalogue.models]})
+        return json_response({"object": "list", "data": [_card(spec, since_s) for spec, since_s in self._catalogue.models]})
 
     async def _model(self, http: web.Request) -> web.Response:
         spec = self._catalogue.resolve(http.match_info["name"])
         since_s = next(since_s for known, since_s in self._catalogue.models if known is spec)
-        return _json_response(_card(spec, since_s))
+        return json_response(_card(spec, since_s))
 
     async def _health(self, http: web.Request) -> web.Response:
         """Whether requests can be taken; not whether a model is up."""
         if not self._relay.in_touch:
             raise RequestError("service_unavailable", "the server's control process is not there", retry_after_s=1)
-        return _json_response({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def _health_generate(self, http: web.Request) -> web.Response:
         """One real token from a model that is up."""
@@ -175,24 +176,14 @@ class App:
                 await self._wait_for([answer], token.came)
         except TimeoutError:
             raise RequestError("gateway_timeout", f"{spec.name} made no token within {_PROBE_WITHIN_S:g} s") from None
-        return _json_response({"status": "ok", "model": spec.name, "seconds": answer.age_s})
+        return json_response({"status": "ok", "model": spec.name, "seconds": answer.age_s})
 
     async def _snapshot(self, http: web.Request) -> web.Response:
-        return _json_response(await self._relay.snapshot())
+        return json_response(await self._relay.snapshot())
 
     async def _ledger(self, http: web.Request) -> web.Response:
         snapshot = await self._relay.snapshot()
-        return _json_response(LedgerView(now_s=snapshot.now_s, gpus=snapshot.ledgers))
-
-
-async def _body(http: web.Request) -> bytes:
-    if http.content_length is not None and http.content_length > MAX_BODY_BYTES:
-        raise web.HTTPRequestEntityTooLarge(MAX_BODY_BYTES, http.content_length)
-    try:
-        async with asyncio.timeout(_BODY_WITHIN_S):
-            return await http.read()
-    except TimeoutError:
-        raise RequestError("bad_request", f"the body did not arrive within {_BODY_WITHIN_S:g} s") from None
+        return json_response(LedgerView(now_s=snapshot.now_s, gpus=snapshot.ledgers))
 
 
 async def _aside(size: int, work: Callable[[], T]) -> T:
@@ -210,10 +201,6 @@ def _card(spec: ModelSpec, since_s: int) -> dict[str, object]:
         "parent": None,
         "max_model_len": spec.context_length,
     }
-
-
-def _json_response(value: object) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
 
 
 @web.middleware

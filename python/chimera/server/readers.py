@@ -17,7 +17,7 @@ from chimera.server.answer import Answer
 
 _MAX_UNREAD_BYTES = 4 << 20
 """What a client may leave unread before it is taken for gone: some twenty thousand tokens."""
-_STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class Dialect(Protocol):
@@ -59,7 +59,7 @@ class EventStream:
     async def respond(self, http: web.Request, headers: Mapping[str, str]) -> web.StreamResponse:
         """The whole response, from the first text to the last."""
         await self._begun
-        response = web.StreamResponse(headers={**_STREAM_HEADERS, **headers})
+        response = web.StreamResponse(headers={**STREAM_HEADERS, **headers})
         self._chunked = http.version >= HttpVersion11
         if self._chunked:
             response.enable_chunked_encoding()

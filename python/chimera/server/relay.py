@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from chimera.core.snapshot import Snapshot
 from chimera.errors import ProtocolError, RequestError
 from chimera.msg.actions import Reject, Requeue
-from chimera.msg.events import ModelRegistered, ModelRemoved
-from chimera.msg.stream import Hello, SnapshotTaken, SnapshotWanted
+from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, UnloadWanted
+from chimera.msg.stream import Hello, ReplicaNews, SnapshotTaken, SnapshotWanted
 from chimera.server.catalogue import Catalogue
 from chimera.server.desk import Desk
 from chimera.wire.channel import Channel, Server, serve
@@ -21,7 +23,25 @@ from chimera.wire.link import Link
 
 _SNAPSHOT_WITHIN_S = 5.0
 
+_MOST_UNREAD_NEWS = 1024
+"""A watcher that leaves more unread is gone."""
+
+News = ReplicaNews | Reject | None
+"""Of replicas; the refusal of an order; or nothing, because control went away."""
+
 _log = logging.getLogger(__name__)
+
+
+class Watch:
+    """Somebody who wants to know what becomes of replicas, and maybe of one order."""
+
+    def __init__(self, order: str) -> None:
+        self.order = order
+        self.news: asyncio.Queue[News] = asyncio.Queue(_MOST_UNREAD_NEWS)
+
+    def tell(self, news: News) -> None:
+        if not self.news.full():
+            self.news.put_nowait(news)
 
 
 class Relay:
@@ -38,6 +58,7 @@ class Relay:
         """Control is there, and has told of all its models since it came."""
         self._snapshot: asyncio.Future[Snapshot] | None = None
         """What everyone who asked for the system's state waits for."""
+        self._watches: set[Watch] = set()
 
     async def start(self) -> None:
         self._workers = await serve(self._worker_path, self._worker_came)
@@ -61,6 +82,25 @@ class Relay:
         except TimeoutError:
             raise RequestError("gateway_timeout", f"control said nothing for {_SNAPSHOT_WITHIN_S:g} s") from None
 
+    @contextmanager
+    def watch(self, order: str = "") -> Iterator[Watch]:
+        watch = Watch(order)
+        self._watches.add(watch)
+        try:
+            yield watch
+        finally:
+            self._watches.discard(watch)
+
+    def order(self, order: LoadWanted | UnloadWanted | ModelRegistered | ModelRemoved) -> None:
+        """An operator's word, to control."""
+        if not self._control.up:
+            raise RequestError("service_unavailable", "the server's control process is away", retry_after_s=1)
+        self._control.send(order)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
     def _control_came(self) -> None:
         _log.info("control is there")
         self._control.send(Hello(role="front", name=self._name, pid=os.getpid()))
@@ -71,6 +111,8 @@ class Relay:
         _log.warning("control is away")
         self.in_touch = False
         self._desk.control_is_lost()
+        for watch in self._watches:
+            watch.tell(None)
         if self._snapshot is not None:
             self._settle_snapshot().set_exception(
                 RequestError("service_unavailable", "the server's control process went away", retry_after_s=1)
@@ -80,6 +122,12 @@ class Relay:
         match message:
             case Reject() | Requeue():
                 self._desk.on_control(message)
+                for watch in self._watches:
+                    if isinstance(message, Reject) and watch.order == message.request_id:
+                        watch.tell(message)
+            case ReplicaNews():
+                for watch in self._watches:
+                    watch.tell(message)
             case ModelRegistered(model=model):
                 self._catalogue.register(model)
             case ModelRemoved(model=name):

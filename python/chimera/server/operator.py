@@ -1,0 +1,270 @@
+"""The operator's verbs: models loaded, unloaded, pinned, removed, and watched; in our words and in Prism's.
+
+An order goes to control, which decides; what becomes of it is read from the news of replicas. Knows no prompt and no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from chimera.core.replica import ReplicaId, ReplicaState
+from chimera.core.snapshot import ReplicaView
+from chimera.errors import RequestError
+from chimera.msg.actions import Reject
+from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, UnloadWanted
+from chimera.msg.stream import ReplicaNews
+from chimera.server import intake
+from chimera.server.bodies import json_response, read_body
+from chimera.server.catalogue import Catalogue
+from chimera.server.readers import STREAM_HEADERS
+from chimera.server.relay import Relay, Watch
+
+_LOAD_WITHIN_S = 1800.0
+_LEAVE_WITHIN_S = 60.0
+"""Beside the drain."""
+_SIGN_OF_LIFE_S = 15.0
+_GIGABYTE = 10**9
+"""Of a pool, as in a placement file."""
+
+Index = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
+Gigabytes = Annotated[float, msgspec.Meta(gt=0, le=1_000_000)]
+T = TypeVar("T")
+
+
+class LoadOrder(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    index: Index = 0
+    """Which copy of it."""
+    gpu_ids: tuple[Index, ...] = ()
+    max_memory_pool_size: Gigabytes | None = None
+
+
+class UnloadOrder(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    index: Index | None = None
+    """Every copy, if it is left out."""
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=86_400)] | None = None
+
+
+class PinOrder(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    pin: bool = True
+
+
+class Activation(msgspec.Struct, frozen=True, kw_only=True):
+    """Prism's words for a load."""
+
+    model_name: str
+    gpu_id: Index | list[Index] | None = None
+    instance_idx: Index = 0
+    memory_pool_size: Gigabytes | None = None
+
+
+class Deactivation(msgspec.Struct, frozen=True, kw_only=True):
+    """Prism's words for an unload. No request is dropped: those that wait or are preempted are served elsewhere or later."""
+
+    model_name: str
+    instance_idx: Index | None = None
+    evict_waiting_requests: bool = False
+    preempt: bool = False
+    preempt_mode: Any = None
+    gpu_id: Any = None
+
+
+class PoolSize(msgspec.Struct, frozen=True, kw_only=True):
+    """One replica's KV memory, as `/get_memory_pool_size` tells it."""
+
+    model_name: str
+    instance_idx: int
+    gpu_ids: tuple[int, ...]
+    memory_pool_size: float
+    """What it may use now, in gigabytes per GPU."""
+    memory_in_use: float
+
+
+class Operator:
+    def __init__(self, catalogue: Catalogue, relay: Relay) -> None:
+        self._catalogue = catalogue
+        self._relay = relay
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.post("/models/load", _taking(LoadOrder, self._load)),
+            web.post("/models/unload", _taking(UnloadOrder, self._unload)),
+            web.post("/models/pin", _taking(PinOrder, self._pin)),
+            web.delete("/models/{name:.+}", self._remove),
+            web.get("/models/events", self._events),
+            web.get("/models/sse", self._events),
+            web.post("/activate", _taking(Activation, self._activate)),
+            web.post("/deactivate", _taking(Deactivation, self._deactivate)),
+            web.get("/get_model_names", self._names),
+            web.get("/get_memory_pool_size", self._pool_sizes),
+        ]
+
+    # Our words.
+
+    async def _load(self, order: LoadOrder) -> web.Response:
+        replica = ReplicaId(self._catalogue.resolve(order.model).name, order.index)
+        with self._relay.watch(uuid.uuid4().hex) as watch:
+            view = next((view for view in await self._views() if view.replica == replica), None)
+            moves = bool(order.gpu_ids) and view is not None and view.gpu_ids != order.gpu_ids
+            if view is not None and view.state is ReplicaState.SERVING and not moves:
+                return json_response(_state(replica, ReplicaState.SERVING, "it was up already"))
+            pool = order.max_memory_pool_size
+            self._relay.order(
+                LoadWanted(
+                    order=watch.order,
+                    front=self._relay.name,
+                    replica=replica,
+                    gpu_ids=order.gpu_ids,
+                    kv_limit_bytes=None if pool is None else round(pool * _GIGABYTE),
+                )
+            )
+            news = await _heard(watch, lambda news: news.replica == replica and _settled(news), _LOAD_WITHIN_S)
+        if news.failed:
+            raise RequestError("model_unavailable", f"{replica} did not come up: {news.reason}")
+        return json_response(_state(replica, news.state, news.reason))
+
+    async def _unload(self, order: UnloadOrder) -> web.Response:
+        spec = self._catalogue.resolve(order.model)
+        with self._relay.watch(uuid.uuid4().hex) as watch:
+            up = {
+                view.replica
+                for view in await self._views()
+                if view.replica.model == spec.name
+                and order.index in (None, view.replica.index)
+                and view.state is not ReplicaState.STOPPED
+            }
+            self._relay.order(
+                UnloadWanted(
+                    order=watch.order, front=self._relay.name, model=spec.name, index=order.index, drain_s=order.drain_s
+                )
+            )
+            drain_s = spec.drain_s if order.drain_s is None else order.drain_s
+            down = set(up)
+            while up:
+                news = await _heard(
+                    watch, lambda news: news.replica in up and news.state is ReplicaState.STOPPED, drain_s + _LEAVE_WITHIN_S
+                )
+                up.discard(news.replica)
+        return json_response({"model": spec.name, "state": ReplicaState.STOPPED, "stopped": sorted(r.index for r in down)})
+
+    async def _pin(self, order: PinOrder) -> web.Response:
+        spec = msgspec.structs.replace(self._catalogue.resolve(order.model), pin=order.pin)
+        self._relay.order(ModelRegistered(model=spec))
+        return json_response({"model": spec.name, "pin": spec.pin})
+
+    async def _remove(self, http: web.Request) -> web.Response:
+        """The model is known no longer; what runs of it drains."""
+        spec = self._catalogue.resolve(http.match_info["name"])
+        self._relay.order(ModelRemoved(model=spec.name))
+        return json_response({"model": spec.name, "deleted": True})
+
+    async def _events(self, http: web.Request) -> web.StreamResponse:
+        """How every replica is now, and from then on all that becomes of them."""
+        with self._relay.watch() as watch:
+            views = await self._views()
+            response = web.StreamResponse(headers=STREAM_HEADERS)
+            await response.prepare(http)
+            for view in views:
+                await response.write(_event({**_state(view.replica, view.state, "as it is now"), "gpu_ids": view.gpu_ids}))
+            while True:
+                try:
+                    async with asyncio.timeout(_SIGN_OF_LIFE_S):
+                        news = await watch.news.get()
+                except TimeoutError:
+                    await response.write(b": still here\n\n")
+                    continue
+                if news is None or watch.news.full():  # control went away, or too much was missed: the client asks anew
+                    return response
+                if isinstance(news, ReplicaNews):
+                    await response.write(_event(_told(news)))
+
+    # Prism's.
+
+    async def _activate(self, order: Activation) -> web.Response:
+        gpu_ids = () if order.gpu_id is None else (order.gpu_id,) if isinstance(order.gpu_id, int) else tuple(order.gpu_id)
+        return await self._load(
+            LoadOrder(
+                model=order.model_name,
+                index=order.instance_idx,
+                gpu_ids=gpu_ids,
+                max_memory_pool_size=order.memory_pool_size,
+            )
+        )
+
+    async def _deactivate(self, order: Deactivation) -> web.Response:
+        drain_s = 0.0 if order.preempt else None
+        return await self._unload(UnloadOrder(model=order.model_name, index=order.instance_idx, drain_s=drain_s))
+
+    async def _names(self, http: web.Request) -> web.Response:
+        return json_response({"model_names": [spec.name for spec, _ in self._catalogue.models]})
+
+    async def _pool_sizes(self, http: web.Request) -> web.Response:
+        sizes = []
+        for view in await self._views():
+            if view.state is ReplicaState.SERVING:
+                spec = self._catalogue.resolve(view.replica.model)
+                sizes.append(
+                    PoolSize(
+                        model_name=spec.name,
+                        instance_idx=view.replica.index,
+                        gpu_ids=view.gpu_ids,
+                        memory_pool_size=spec.kv_bytes(view.kv_tokens) / _GIGABYTE,
+                        memory_in_use=spec.kv_bytes(view.kv_used_tokens) / _GIGABYTE,
+                    )
+                )
+        return json_response(sizes)
+
+    async def _views(self) -> tuple[ReplicaView, ...]:
+        return (await self._relay.snapshot()).replicas
+
+
+def _taking(kind: type[T], work: Callable[[T], Any]) -> Callable[[web.Request], Any]:
+    return partial(_take, msgspec.json.Decoder(kind), work)
+
+
+async def _take(decoder: msgspec.json.Decoder[T], work: Callable[[T], Any], http: web.Request) -> web.Response:
+    response: web.Response = await work(intake.decode(await read_body(http), decoder))
+    return response
+
+
+async def _heard(watch: Watch, wanted: Callable[[ReplicaNews], bool], within_s: float) -> ReplicaNews:
+    """The first news that is wanted. RequestError when the order was refused, or nothing came of it in time."""
+    try:
+        async with asyncio.timeout(within_s):
+            while True:
+                match await watch.news.get():
+                    case Reject(code=code, reason=reason):
+                        raise RequestError(code, reason, param="model")
+                    case None:
+                        told = "the server's control process went away; the order may be under way"
+                        raise RequestError("service_unavailable", told, retry_after_s=1)
+                    case ReplicaNews() as news if wanted(news):
+                        return news
+    except TimeoutError:
+        raise RequestError("gateway_timeout", f"nothing came of it within {within_s:g} s; it may be under way") from None
+
+
+def _settled(news: ReplicaNews) -> bool:
+    return news.failed or news.state is ReplicaState.SERVING
+
+
+def _state(replica: ReplicaId, state: ReplicaState, reason: str) -> dict[str, Any]:
+    return {"model": replica.model, "index": replica.index, "state": state, "reason": reason}
+
+
+def _told(news: ReplicaNews) -> dict[str, Any]:
+    more = {"gpu_ids": news.gpu_ids, "at_s": news.at_s, "load_s": news.load_s, "failed": news.failed}
+    return {**_state(news.replica, news.state, news.reason), **more}
+
+
+def _event(body: dict[str, Any]) -> bytes:
+    return b"data: %b\n\n" % msgspec.json.encode(body)
