@@ -19,6 +19,8 @@ from chimera.sched.cost import CostTable
 
 FULL = 0.8
 """The share of a GPU's time beyond which waiting grows."""
+LEAST_LEFT = 0.5
+"""Of an engine's time, for decodes, however many prompts come."""
 ROUNDS = 3
 """Slowness makes requests overlap more, which makes them slower: so often is that followed."""
 
@@ -85,12 +87,15 @@ def forecast(asked: Sequence[Asked], kv_bytes: float, slowdown: float) -> Foreca
         return Forecast(attained_per_s=0.0, attainment=attainment, busy=0.0)
     shares = [0.0] * len(active)
     batches = [1.0] * len(active)
+    # Prompts go first, so decodes have what they leave.
+    left = [max(LEAST_LEFT, 1 - rate * load.prompt_cost_s) for load, rate in active]
     together = 0.0
     for _ in range(ROUNDS):
         before = together
         for i, (load, rate) in enumerate(active):
             slow = 1 + (before - shares[i]) * (1 + slowdown)
-            stay_s = slow * (load.prompt_cost_s + load.output_tokens * (load.step_s + batches[i] * load.sequence_s))
+            step_s = (load.step_s + batches[i] * load.sequence_s) / left[i]
+            stay_s = slow * (load.prompt_cost_s + load.output_tokens * step_s)
             present = rate * stay_s
             batches[i] = 1.0 if present < 1 else min(float(load.running), present)
             share = 1 - math.exp(-present) if present < 50 else 1.0
@@ -104,7 +109,7 @@ def forecast(asked: Sequence[Asked], kv_bytes: float, slowdown: float) -> Foreca
     room = 1.0 if held_bytes <= 0.8 * kv_bytes else max(0.0, 0.8 * kv_bytes / held_bytes)
     attained = 0.0
     for i, (load, rate) in enumerate(active):
-        step_s = load.step_s + batches[i] * load.sequence_s
+        step_s = (load.step_s + batches[i] * load.sequence_s) / left[i]
         turns = min(load.tpot_s / step_s, load.ttft_s / (load.prompt_cost_s + step_s))
         share = in_time * room * _poisson_at_most((turns - 1) / (1 + slowdown), together - shares[i])
         attainment[load.model] = share

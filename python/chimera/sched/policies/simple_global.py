@@ -1,8 +1,9 @@
 """`simple-global`: Prism as released (see the seed's `simple-global` policy). A baseline, kept as it is, weaknesses included.
 
-Every five seconds: models idle beyond 50 s leave; at most one migration, if memory per request differs more than fifteen
-times between two GPUs, and it stops the model while it moves; models that are asked for start, the most violating first,
-among the GPUs within 5 GB of the most free memory on the one with the fewest requests.
+Every five seconds, and never sooner after a change: models idle beyond 50 s leave; at most one migration, if memory per
+request differs more than fifteen times between two GPUs, and it stops the model while it moves. Models that are asked for
+start at once, the most violating first, among the GPUs within 5 GB of the most free memory on the one with the fewest
+requests.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ class SimpleGlobal(msgspec.Struct, frozen=True):
 
     def decide(self, question: Question) -> Decision:
         board = Board(question)
+        rested = all(board.since_s(seat.replica) >= self.every_s for seat in board.seats())
         for seat in board.seats():
             if board.demand(seat.replica.model).idle_s > self.idle_s and board.may_leave(seat) and board.serves(seat):
                 board.remove(seat, f"idle for more than {self.idle_s:g} s")
-        self._migrate(board)
+        if rested:
+            self._migrate(board)
         for model in board.seatless():
             gang = self._emptiest(board, model)
             if gang is not None:
