@@ -54,6 +54,8 @@ class ElasticKv:
         self._on_cpu = on_cpu
         self._level_bytes = level_bytes
         self._retract_at_s = math.inf
+        self._is_there = False
+        """At its level, with nothing under way: nothing to do in a step."""
         self._driver = _driver(ceiling_bytes, on_cpu=on_cpu)
         self._pool: ElasticPool | None = None
         self._budget = Budget(0)
@@ -115,17 +117,21 @@ class ElasticKv:
 
     def limit(self, order: Limit) -> None:
         """The newest level counts; one that rises again calls off what was under way."""
+        self._is_there = False
         self._level_bytes = order.kv_bytes
         self._retract_at_s = math.inf if order.retract_by_s is None else order.retract_by_s
         self._budget.limit_bytes = max(order.kv_bytes, self._owned_pool.stripe_bytes)
 
     def breathe(self, give_back: GiveBack) -> None:
         """Bring the pool towards its level, as far as it can go now."""
-        pool = self._owned_pool
-        if pool.present_stripes != self._wanted_stripes or pool.leaving:
+        if not self._is_there:
             self._move_level(give_back)
             self._show()
-        self.restless = bool(pool.leaving) or pool.present_stripes > pool.staying_stripes
+            pool = self._owned_pool
+            self.restless = bool(pool.leaving) or pool.present_stripes > pool.staying_stripes
+            self._is_there = not self.restless and pool.staying_stripes == self._wanted_stripes
+            if self._is_there:
+                self._retract_at_s = math.inf
         self.stalled = self._is_stalled()
         if self.stalled:
             self._turn_away_the_starved(give_back)
