@@ -11,6 +11,7 @@ faster than, faulting the weights in once and one forward. The model files are m
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -89,6 +90,8 @@ def cold_server_s(checkpoint: Path) -> float:
     flags |= {"sampling-backend": "pytorch", "dtype": "float32", "max-total-tokens": 4096, "log-level": "error"}
     command = [sys.executable, "-m", "benchmark.micro.cold_server", "--disable-cuda-graph", "--skip-tokenizer-init"]
     command += ["--skip-server-warmup", *(str(word) for flag, value in flags.items() for word in (f"--{flag}", value))]
+    shared = Path("/dev/shm")
+    before = set(shared.glob("sglang_loads_*"))
     began_s = time.monotonic()
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -97,7 +100,18 @@ def cold_server_s(checkpoint: Path) -> float:
             first_token_of_server(port, server)
             return time.monotonic() - began_s
         finally:
-            os.killpg(server.pid, signal.SIGKILL)
+            stop(server)
+            for left in set(shared.glob("sglang_loads_*")) - before:  # it leaves them behind, however it is stopped
+                left.unlink(missing_ok=True)
+
+
+def stop(server: subprocess.Popen[bytes]) -> None:
+    """In order first, then whatever it started."""
+    server.send_signal(signal.SIGTERM)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        server.wait(20)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 def first_token_of_server(port: int, server: subprocess.Popen[bytes]) -> None:
