@@ -39,6 +39,9 @@ _STARVED_S: Final = 10.0
 """How long a request may lie in an engine that has nothing else to do, for want of memory, before it is told so."""
 _WANTED_EVERY_S: Final = 0.02
 
+_OUT_OF_MEMORY: Final = (errno.ENOMEM, 2)
+"""As the kernel says it, and as CUDA does."""
+
 GiveBack = Callable[[str, str], None]
 
 
@@ -202,9 +205,9 @@ class ElasticKv:
             try:
                 pool.grow(goal - pool.staying_stripes)
             except DriverError as refusal:
-                if refusal.code != errno.ENOMEM:
+                if refusal.code not in _OUT_OF_MEMORY:
                     raise
-                # Short for now, which the level below says: the next look tries again.
+                # Short for now, as the holding says: the next look tries again.
         elif goal < pool.staying_stripes:
             self._evict_down_to(goal * pool.layout.slots_per_stripe)
             pool.shrink(pool.staying_stripes - goal)
