@@ -19,8 +19,6 @@ from chimera.sched.policies.board import Board
 from chimera.sched.policies.forecast import Asked, Forecast, Load, forecast, load_of
 from chimera.sched.policies.policy import CALM_S, TICK_S, Decision, Question
 
-HELPLESS_S = 1.0
-"""When to look again if there is pressure and nothing helps: the load has to change first, and a crowd calls sooner."""
 DOUBT = 1.0
 """How many standard deviations of a count make it more than chance."""
 
@@ -60,9 +58,7 @@ class Flexible(msgspec.Struct, frozen=True):
                     break
             self._withdraw(plan)
         board.keep_house()
-        if plan.changed or board.seatless():
-            return board.decision(TICK_S)
-        return board.decision(HELPLESS_S if pressed else CALM_S)
+        return board.decision(TICK_S if pressed or board.seatless() else CALM_S)
 
     def _bring_in(self, plan: _Plan, model: ModelSpec) -> None:
         """Somebody waits: where it fits and harms least, else where idle models can leave."""
@@ -143,7 +139,6 @@ class _Plan:
 
     def __init__(self, board: Board) -> None:
         self.board = board
-        self.changed = False
         self._forecasts: dict[int, Forecast] = {}
         self._rates: dict[str, float] = {}
         self._loads: dict[str, Load] = {}
@@ -282,7 +277,6 @@ class _Plan:
             self._forecasts.pop(gpu_id, None)
 
     def _forget(self, model: str) -> None:
-        self.changed = True
         self._what_if.clear()
         for seat in self.board.seats_of(model):
             for gpu_id in seat.gpu_ids:
