@@ -164,6 +164,19 @@ async def test_a_cancel_reaches_a_request_that_an_earlier_control_routed(parent_
         assert (await end_of(front.ask("new", of="a"))).outcome is Outcome.LENGTH
 
 
+async def test_a_cancel_that_comes_before_the_agent_does_reaches_it(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002, max_running=1)]) as (made, front):
+        await begin_of(front.ask("old", of="a", tokens=1_000_000))
+        await made.agent._control.close()
+        await made.control.stop()
+        await made.start_control()
+        await front.meet_control()
+        front.send(stream.Cancel(request_id="old"))
+        await front.snapshot()
+        made.agent._control.start()
+        assert (await end_of(front.ask("new", of="a"))).outcome is Outcome.LENGTH
+
+
 async def test_the_agent_dies_and_its_workers_leave_and_its_requests_come_back(parent_socket: Path) -> None:
     async with system(parent_socket, [model("a", step_s=0.002)]) as (made, front):
         streaming = front.ask("streaming", of="a", tokens=100_000)

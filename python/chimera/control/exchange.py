@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -27,14 +28,8 @@ from chimera.wire.vigil import Vigil
 
 log = logging.getLogger(__name__)
 
-AgentEvent = (
-    events.AgentJoined
-    | events.ReplicaReady
-    | events.ReplicaStopped
-    | events.ActivationFailed
-    | events.WorkerLost
-    | events.RequestFinished
-)
+MOST_STRAY_CANCELS = 1024
+
 News = events.ReplicaReady | events.ReplicaStopped | events.ActivationFailed | events.WorkerLost
 """What command-line clients that stay connected are told, beginning with the newest of each replica; and every front-end's
 greeting."""
@@ -78,6 +73,8 @@ class Exchange:
         self._news: dict[ReplicaId, News] = {}
         self._payloads: dict[str, bytes] = {}
         """Of the requests that were not handed to an agent yet."""
+        self._stray_cancels: deque[stream.Cancel] = deque(maxlen=MOST_STRAY_CANCELS)
+        """Of requests unknown here: an agent that comes later than the front-end may have them from an earlier control."""
 
     async def start(self) -> None:
         for model in self._models.values():
@@ -170,6 +167,8 @@ class Exchange:
         if known is not None:
             self._agent_gone(name, known, "it has connected anew")
         self._agents[name] = channel
+        for cancel in self._stray_cancels:
+            channel.send(cancel)
         channel.deliver_to(
             lambda message: self._agent_says(name, channel, message),
             lambda fault: self._agent_gone(name, channel, str(fault or "its connection has ended")),
@@ -286,11 +285,14 @@ class Exchange:
 
     def _cancel(self, cancel: stream.Cancel, request_id: str) -> None:
         self._payloads.pop(request_id, None)
+        held = self.scheduler.holds(request_id)
         decided = self._decide(events.RequestCancelled(request_id=request_id))
-        if not decided:
-            # Unknown here: an earlier control may have routed it. Who does not have it ignores this.
-            for agent in self._agents.values():
-                agent.send(cancel)
+        if held or any(isinstance(action, actions.Abort) and action.request_id == request_id for action in decided):
+            return
+        # Unknown here: an earlier control may have routed it. Who does not have it ignores this.
+        for agent in self._agents.values():
+            agent.send(cancel)
+        self._stray_cancels.append(cancel)
 
     def _snapshot(self) -> stream.SnapshotTaken:
         return stream.SnapshotTaken(snapshot=self._telemetry.overlay(self.scheduler.snapshot(time.monotonic())))
