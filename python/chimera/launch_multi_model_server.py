@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from chimera.cli import serve
 from chimera.errors import ChimeraError
@@ -48,6 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ChimeraError as fault:
         print(fault, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before there is a server to stop
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "--enable-elastic-memory", action="store_true", help="pools share what is free; without it they are reserved"
     )
     parser.add_argument("--policy", metavar="NAME", help="the placement policy")
-    parser.add_argument("--log-file", metavar="FILE", help="keep the logs, in the folder FILE without its suffix")
+    parser.add_argument("--log-file", type=Path, metavar="FILE", help="keep the logs, in the folder FILE without its suffix")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
     parser.add_argument("--engine", choices=("sglang", "simulated"), default="sglang")
     parser.add_argument("--virtual-gpus", metavar="8x2GiB", help="memory budgets of this host that stand in for GPUs")
@@ -89,7 +92,7 @@ def _translated(arguments: argparse.Namespace) -> argparse.Namespace:
     if arguments.num_gpus is not None:
         words += ["--num-gpus", str(arguments.num_gpus)]
     if arguments.log_file is not None:
-        words += ["--log-dir", arguments.log_file.rpartition(".")[0] or arguments.log_file]
+        words += ["--log-dir", str(arguments.log_file.with_suffix(""))]
     for flag, takes_value in _SAME.items():
         value = getattr(arguments, _attribute(flag))
         if value not in (None, False):

@@ -53,6 +53,16 @@ def test_every_flag_of_prism_is_taken_and_what_has_gone_says_so_once(
     assert (asked[0].workers_per_gpu, asked[0].num_model_service_workers) == (2, 4)
 
 
+@pytest.mark.parametrize(
+    ("written", "folder"), [("server.log", "server"), ("../logs/server", "../logs/server"), ("v1.2/server", "v1.2/server")]
+)
+def test_logs_go_into_the_folder_that_the_log_file_would_have_been(
+    asked: list[argparse.Namespace], written: str, folder: str
+) -> None:
+    launch_multi_model_server.main(["--model-config-file", "f.json", "--log-file", written])
+    assert asked[0].log_dir == Path(folder)
+
+
 def test_a_fault_is_one_line_and_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch_multi_model_server.main(["--model-config-file", str(tmp_path / "nothing.json"), "--port", "0"]) == 1
     assert "nothing.json" in capsys.readouterr().err
