@@ -17,6 +17,7 @@ VERBS = {
     "chat": "talk to a model of a running server",
     "status": "what a running server holds and does",
     "memory": "who holds how much of each GPU",
+    "policy": "who decides what runs where on a running server, or shall",
     "simulate": "replay a trace on paper under one policy or several",
     "models": "make small models to try things with",
     "doctor": "look at this machine and say what would keep it from serving",

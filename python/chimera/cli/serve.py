@@ -6,12 +6,13 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from chimera.cli import images
+from chimera.cli import costs, images
 from chimera.cli.supervisor import Service, Supervisor
 from chimera.config.deployment import Deployment, deployment_of_models, load_placement
 from chimera.config.nvml import read_nvml
 from chimera.config.virtual_gpus import PAGE_BYTES, default_virtual_gpus, parse_virtual_gpus
 from chimera.core.gpu import Gpu
+from chimera.core.snapshot import POLICY_NAMES
 from chimera.errors import ConfigError
 from chimera.units import parse_seconds
 
@@ -28,6 +29,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 takes one that is free (default: %(default)s)")
     parser.add_argument("--virtual-gpus", metavar="8x2GiB", help="memory budgets of this host that stand in for GPUs")
     parser.add_argument("--num-gpus", type=int, metavar="N", help="use the first N GPUs (virtual ones where there are none)")
+    parser.add_argument("--policy", choices=POLICY_NAMES, help="who decides what runs where (default: the file's, or static)")
+    parser.add_argument("--costs", metavar="TABLE", help="what work costs here, for policies (default: by the kind of machine)")
     parser.add_argument("--static", action="store_true", help="KV pools are reserved, so their sums have to fit")
     parser.add_argument("--engine", choices=("sglang", "simulated"), default="sglang", help="default: %(default)s")
     parser.add_argument("--fronts", type=int, default=1, help="front-end processes that share the port (default: %(default)s)")
@@ -82,6 +85,8 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         models=deployment.models,
         wanted=deployment.placement,
         gpus=deployment.gpus,
+        policy=arguments.policy or deployment.policy or "static",
+        costs=costs.table_named(arguments.costs or _kind_of(deployment)),
         engine=arguments.engine,
         elastic=not arguments.static,
         host=arguments.host,
@@ -97,6 +102,10 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         prepare_at_once=arguments.num_model_service_workers,
         prepare=tuple(model for model in deployment.models if beforehand and model.name not in seated),
     )
+
+
+def _kind_of(deployment: Deployment) -> str:
+    return "cpu" if all(gpu.virtual for gpu in deployment.gpus) else "h100-80g-like"
 
 
 async def _supervise(service: Service) -> int:

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import msgspec
 
-from chimera.config.cost_tables import read_cost_table, shipped_tables
+from chimera.cli.costs import table_named
+from chimera.config.cost_tables import shipped_tables
 from chimera.config.deployment import load_placement
 from chimera.config.paper_models import is_on_paper, read_paper_models
 from chimera.config.virtual_gpus import parse_virtual_gpus
@@ -211,11 +212,7 @@ def _gpu_words(text: str) -> tuple[int, str | None]:
 def _costs(name: str | None) -> CostTable:
     if name is None:
         raise ConfigError.single("--costs", f"is needed when --gpus names no kind; there are {', '.join(shipped_tables())}")
-    chosen = next((table for table in shipped_tables() if table.startswith(name)), name)
-    try:
-        return msgspec.json.decode(read_cost_table(chosen), type=CostTable)
-    except msgspec.DecodeError as fault:
-        raise ConfigError.single(chosen, str(fault)) from None
+    return table_named(name)
 
 
 def _gpus(text: str, count: int, kind: str | None, costs: CostTable) -> tuple[Gpu, ...]:

@@ -32,6 +32,7 @@ from chimera.core.placement import Placement
 from chimera.core.replica import ReplicaId
 from chimera.msg.events import ActivationFailed, ReplicaReady
 from chimera.msg.stream import Hello
+from chimera.sched.cost import CostTable
 from chimera.wire.codec import Message
 from chimera.wire.link import Link
 
@@ -56,6 +57,8 @@ class Service:
     models: tuple[ModelSpec, ...]
     wanted: Placement
     gpus: tuple[Gpu, ...]
+    policy: str = "static"
+    costs: CostTable | None = None
     engine: str = "sglang"
     elastic: bool = True
     """KV pools share what is free beside the weights; else each has its own, reserved."""
@@ -138,7 +141,8 @@ class Supervisor:
 
     async def _start(self, port: int) -> None:
         service = self._service
-        Charge(models=service.models, wanted=service.wanted).write(self._dir / "deployment.json")
+        charge = Charge(models=service.models, wanted=service.wanted, policy=service.policy, costs=service.costs)
+        charge.write(self._dir / "deployment.json")
         (self._dir / "gpus.json").write_bytes(msgspec.json.encode(service.gpus))
         (self._dir / "prepare.json").write_bytes(msgspec.json.encode(service.prepare))
         self._say(f"{_count(len(service.models), 'model')} on {_gpus(service.gpus)}, engine {service.engine}")

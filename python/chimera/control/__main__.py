@@ -32,7 +32,12 @@ def main() -> int:
 
     async def live(stop: asyncio.Event) -> None:
         exchange = Exchange(
-            models=charge.models, wanted=charge.wanted, socket=arguments.run_dir / "control.sock", decisions=decisions
+            models=charge.models,
+            wanted=charge.wanted,
+            policy=charge.policy,
+            costs=charge.costs,
+            socket=arguments.run_dir / "control.sock",
+            decisions=decisions,
         )
         starter = os.getppid()
         await exchange.start()

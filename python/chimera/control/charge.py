@@ -8,11 +8,15 @@ import msgspec
 
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement
+from chimera.sched.cost import CostTable
 
 
 class Charge(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[ModelSpec, ...]
     wanted: Placement
+    policy: str = "static"
+    costs: CostTable | None = None
+    """What work costs on these machines; every policy but `static` needs it."""
 
     def write(self, path: Path) -> None:
         path.write_bytes(msgspec.json.encode(self))

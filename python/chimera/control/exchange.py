@@ -21,6 +21,7 @@ from chimera.core.replica import ReplicaId, ReplicaState
 from chimera.msg import actions, events, stream
 from chimera.msg.actions import Action
 from chimera.sched.control import ControlInput, ControlScheduler
+from chimera.sched.cost import CostTable
 from chimera.sched.log import Recorder
 from chimera.wire.channel import Channel, Server, serve
 from chimera.wire.codec import Message
@@ -54,9 +55,12 @@ class Exchange:
         models: Iterable[ModelSpec],
         wanted: Placement,
         socket: Path,
+        policy: str = "static",
+        costs: CostTable | None = None,
         decisions: Callable[[bytes], object] | None = None,
     ) -> None:
-        self.scheduler = ControlScheduler(wanted)
+        self.scheduler = ControlScheduler(wanted, policy=policy, costs=costs)
+        self._has_costs = costs is not None
         self._models = {model.name: model for model in models}
         self._socket = socket
         self._recorder = Recorder(self.scheduler)
@@ -207,6 +211,9 @@ class Exchange:
             case stream.SnapshotWanted():
                 channel.send(self._snapshot())
             case events.LoadWanted() | events.UnloadWanted():
+                self._decide(message)
+            case events.PolicyChosen(policy=policy) if policy == "static" or self._has_costs:
+                log.info("policy %s chosen through front-end %s", policy, name)
                 self._decide(message)
             case events.ModelRegistered() | events.ModelRemoved():
                 self._change_models(message)

@@ -9,6 +9,9 @@ from chimera.core.ledger_view import GpuLedgerView
 from chimera.core.model import ModelSpec
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 
+POLICY_NAMES = ("flexible", "static", "time-sharing", "space-sharing", "simple-global", "kvpr", "kvpr-after")
+"""Who may decide what runs where, as operators say it."""
+
 
 class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     replica: ReplicaId

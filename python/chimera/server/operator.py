@@ -15,10 +15,10 @@ import msgspec
 from aiohttp import web
 
 from chimera.core.replica import ReplicaId, ReplicaState
-from chimera.core.snapshot import ReplicaView
+from chimera.core.snapshot import POLICY_NAMES, ReplicaView
 from chimera.errors import RequestError
 from chimera.msg.actions import Reject
-from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, UnloadWanted
+from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, UnloadWanted
 from chimera.msg.stream import ReplicaNews
 from chimera.server import intake
 from chimera.server.bodies import json_response, read_body
@@ -56,6 +56,10 @@ class UnloadOrder(msgspec.Struct, frozen=True, kw_only=True):
 class PinOrder(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     pin: bool = True
+
+
+class PolicyOrder(msgspec.Struct, frozen=True, kw_only=True):
+    policy: str
 
 
 class Activation(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +108,8 @@ class Operator:
             web.get("/models/sse", self._events),
             web.post("/activate", _taking(Activation, self._activate)),
             web.post("/deactivate", _taking(Deactivation, self._deactivate)),
+            web.get("/policy", self._policy),
+            web.put("/policy", _taking(PolicyOrder, self._choose_policy)),
             web.get("/get_model_names", self._names),
             web.get("/get_memory_pool_size", self._pool_sizes),
         ]
@@ -160,6 +166,21 @@ class Operator:
         spec = msgspec.structs.replace(self._catalogue.resolve(order.model), pin=order.pin)
         self._relay.order(ModelRegistered(model=spec))
         return json_response({"model": spec.name, "pin": spec.pin})
+
+    async def _policy(self, http: web.Request) -> web.Response:
+        snapshot = await self._relay.snapshot()
+        return json_response({"policy": snapshot.policy, "policies": POLICY_NAMES})
+
+    async def _choose_policy(self, order: PolicyOrder) -> web.Response:
+        """From now on; what runs goes on meanwhile. The answer is what control says it goes by."""
+        if order.policy not in POLICY_NAMES:
+            known = ", ".join(POLICY_NAMES)
+            raise RequestError("bad_request", f"there is no policy {order.policy!r}; there are {known}", param="policy")
+        self._relay.order(PolicyChosen(policy=order.policy))
+        snapshot = await self._relay.snapshot()
+        if snapshot.policy != order.policy:
+            raise RequestError("bad_request", f"the server was started without the cost table that {order.policy} needs")
+        return json_response({"policy": snapshot.policy})
 
     async def _remove(self, http: web.Request) -> web.Response:
         """The model is known no longer; what runs of it drains."""

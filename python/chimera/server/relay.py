@@ -13,7 +13,7 @@ from pathlib import Path
 from chimera.core.snapshot import Snapshot
 from chimera.errors import ProtocolError, RequestError
 from chimera.msg.actions import Reject, Requeue
-from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, UnloadWanted
+from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, UnloadWanted
 from chimera.msg.stream import Hello, ReplicaNews, SnapshotTaken, SnapshotWanted
 from chimera.server.catalogue import Catalogue
 from chimera.server.desk import Desk
@@ -91,7 +91,7 @@ class Relay:
         finally:
             self._watches.discard(watch)
 
-    def order(self, order: LoadWanted | UnloadWanted | ModelRegistered | ModelRemoved) -> None:
+    def order(self, order: LoadWanted | UnloadWanted | ModelRegistered | ModelRemoved | PolicyChosen) -> None:
         """An operator's word, to control."""
         if not self._control.up:
             raise RequestError("service_unavailable", "the server's control process is away", retry_after_s=1)

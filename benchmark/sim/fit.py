@@ -1,0 +1,126 @@
+"""Fits a cost table to a running server: what a step, a prompt and a request cost on this machine.
+
+    chimera serve model_configs/cpu_1_gpu_2_model.json --port 8123
+    python -m benchmark.sim.fit --url http://127.0.0.1:8123 --base cpu-2-cores --out table.json
+
+Asks one model, alone: prompts of several lengths, and answers of several at a time. Two straight lines give the coefficients;
+what two lines cannot tell apart (memory bandwidth, links, neighbours) stays as the base table has it, and is said to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import random
+import statistics
+import threading
+from pathlib import Path
+from time import perf_counter
+from urllib.parse import urlsplit
+
+from chimera.config.cost_tables import read_cost_table
+
+PROMPTS = (16, 128, 256, 512, 768)
+AT_ONCE = (1, 2, 4, 8)
+ANSWER_TOKENS = 48
+REPEATS = 7
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--url", required=True)
+    options.add_argument("--model", help="default: the first that the server names")
+    options.add_argument("--base", default="cpu-2-cores")
+    options.add_argument("--out", type=Path, required=True)
+    arguments = options.parse_args()
+    snapshot = json.loads(_get(arguments.url, "/snapshot"))
+    model = next(m for m in snapshot["models"] if arguments.model in (None, m["name"]))
+    name, weight_bytes = model["name"], model["weight_bytes"]
+    draw = random.Random(1)
+    for length in PROMPTS:
+        _ask(arguments.url, name, _prompt(draw, length), 2)
+    ttft = [
+        (length, statistics.median(_ask(arguments.url, name, _prompt(draw, length), 2)[0] for _ in range(REPEATS)))
+        for length in PROMPTS
+    ]
+    tpot = [(count, statistics.median(_together(arguments.url, name, draw, count) for _ in range(3))) for count in AT_ONCE]
+    first_s, token_s = _line(ttft)
+    step_s, sequence_s = _line(tpot)
+    for what, points in (("TTFT by prompt tokens", ttft), ("TPOT by sequences", tpot)):
+        print(what, ", ".join(f"{x}: {1e3 * y:.2f} ms" for x, y in points))
+    table = json.loads(read_cost_table(arguments.base))
+    read_s = weight_bytes / table["weight_bytes_per_s"]
+    measured = {
+        "step_s": max(1e-5, step_s - read_s),
+        "step_sequence_s": max(0.0, sequence_s),
+        "request_s": max(0.0, first_s - step_s),
+        "prefill_weight_bytes_per_s": weight_bytes / max(1e-9, token_s),
+    }
+    for key, value in measured.items():
+        table[key] = float(f"{value:.4g}")
+        table["sources"][key] = f"measured by benchmark/sim/fit.py on {name} alone ({weight_bytes} weight bytes)"
+    arguments.out.write_text(json.dumps(table, indent=2) + "\n")
+    print({key: table[key] for key in measured})
+    return 0
+
+
+def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
+    """Least squares: intercept and slope."""
+    mean_x, mean_y = statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points)
+    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    return mean_y - slope * mean_x, slope
+
+
+def _prompt(draw: random.Random, length: int) -> list[int]:
+    return [draw.randrange(100, 200) for _ in range(length)]
+
+
+def _together(url: str, model: str, draw: random.Random, count: int) -> float:
+    """TPOT while so many answers are made at once."""
+    found: list[float] = []
+    prompts = [_prompt(draw, 16) for _ in range(count)]
+    threads = [
+        threading.Thread(target=lambda p=prompt: found.append(_ask(url, model, p, ANSWER_TOKENS)[1]))  # type: ignore[misc]
+        for prompt in prompts
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return statistics.median(found)
+
+
+def _ask(url: str, model: str, prompt: list[int], tokens: int) -> tuple[float, float]:
+    """TTFT and TPOT of one streamed answer."""
+    connection = _connection(url)
+    sampling = {"max_new_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    body = {"model": model, "input_ids": prompt, "sampling_params": sampling, "stream": True}
+    began = perf_counter()
+    connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != http.client.OK:
+        raise SystemExit(response.read().decode())
+    first = None
+    for line in response:
+        if line.startswith(b"data:") and first is None:
+            first = perf_counter()
+    last = perf_counter()
+    connection.close()
+    assert first is not None, "an answer without a token"
+    return first - began, (last - first) / max(1, tokens - 1)
+
+
+def _connection(url: str) -> http.client.HTTPConnection:
+    parts = urlsplit(url)
+    return http.client.HTTPConnection(parts.hostname or "127.0.0.1", parts.port, timeout=60)
+
+
+def _get(url: str, path: str) -> bytes:
+    connection = _connection(url)
+    connection.request("GET", path)
+    return connection.getresponse().read()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
