@@ -67,7 +67,7 @@ def run(work: asyncio.coroutines.Coroutine[object, object, int]) -> int:
 
 async def measure(arguments: argparse.Namespace) -> int:
     figures = Figures("front-end", seed=arguments.seed)
-    with tempfile.TemporaryDirectory(prefix="chimera-") as folder:
+    with tempfile.TemporaryDirectory(prefix="chimera-bench-") as folder:
         stage = Stage(Path(folder), random.Random(arguments.seed))
         await stage.open()
         front_port, bare_port = free_port(), free_port()
