@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import pytest
 import pytest_asyncio
+from chimera.core.access import Access
 from chimera.server.desk import Patience
 from chimera.server.front import FrontEnd, listen
 
@@ -53,19 +54,22 @@ async def standing() -> AsyncIterator[Stage]:
 
 
 @contextlib.asynccontextmanager
-async def set_up() -> AsyncIterator[Stage]:
+async def set_up(access: Access | None = None) -> AsyncIterator[Stage]:
     with TemporaryDirectory(prefix="chimera-") as folder:  # not tmp_path: its paths are longer than a socket's may be
         run_dir = Path(folder)
         rehearsal = Rehearsal(run_dir, [model("m", model_folder(run_dir / "m"), aliases=("also-m",))])
         await rehearsal.start()
         patience = Patience(control_s=0.2, worker_s=0.05)
-        front = FrontEnd(run_dir=run_dir, name="front-0", listener=listen("127.0.0.1", 0), patience=patience)
+        listener = listen("127.0.0.1", 0)
+        front = FrontEnd(run_dir=run_dir, name="front-0", listener=listener, patience=patience, access=access)
         await front.start()
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as client:
-            await until(lambda: front.ready)
-            yield Stage(run_dir, rehearsal, front, client)
-        await front.close()
-        await rehearsal.close()
+            try:
+                await until(lambda: front.ready)
+                yield Stage(run_dir, rehearsal, front, client)
+            finally:
+                await front.close()
+                await rehearsal.close()
 
 
 async def until(condition: Callable[[], bool]) -> None:

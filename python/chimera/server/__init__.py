@@ -1,6 +1,7 @@
 """The front-end process: HTTP in, server-sent events out. Speaks to control and to workers in messages; decides nothing.
 
 errors     the only place with HTTP codes
+gate       keys, limits and sites: who is let in
 intake     bodies decoded, fields checked, prompts measured
 openai     /v1/chat/completions and /v1/completions: their words in, their words out
 responses  /v1/responses: OpenAI's newer words

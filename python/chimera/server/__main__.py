@@ -12,6 +12,9 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from chimera.core.access import Access
 from chimera.server.front import FrontEnd, listen
 from chimera.wire import process
 
@@ -39,7 +42,7 @@ async def _serve(arguments: argparse.Namespace, listener: socket.socket) -> None
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, tell)
-    front = FrontEnd(run_dir=arguments.run_dir, name=arguments.name, listener=listener)
+    front = FrontEnd(run_dir=arguments.run_dir, name=arguments.name, listener=listener, access=_access(arguments.access))
     await front.start()
     gc.collect()
     gc.freeze()  # what start-up made stays; looking through it again would cost every stream a pause
@@ -49,6 +52,10 @@ async def _serve(arguments: argparse.Namespace, listener: socket.socket) -> None
     draining.cancel()
     hurrying.cancel()
     await front.close()
+
+
+def _access(path: Path | None) -> Access:
+    return Access() if path is None else msgspec.json.decode(path.read_bytes(), type=Access)
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
@@ -66,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--name", required=True, help="this front-end's name; workers find it by it")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000, help="several front-ends may share it; 0 lets the system choose")
+    parser.add_argument("--access", type=Path, help="who may ask for what, as whoever starts this has written it down")
     parser.add_argument("--drain-s", type=float, default=30.0, help="how long open answers may go on after SIGTERM")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser

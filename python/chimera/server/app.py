@@ -26,6 +26,7 @@ from chimera.server.bodies import MAX_BODY_BYTES, json_response, read_body
 from chimera.server.catalogue import Catalogue
 from chimera.server.desk import Desk
 from chimera.server.errors import error_response, refusal_response
+from chimera.server.gate import GUEST, Gate
 from chimera.server.intake import CompletionWish
 from chimera.server.native import GenerateRequest
 from chimera.server.openai import ChatRequest, CompletionRequest
@@ -53,13 +54,15 @@ _embedding_decoder = msgspec.json.Decoder(EmbeddingRequest)
 class App:
     """What every route needs."""
 
-    def __init__(self, catalogue: Catalogue, desk: Desk, relay: Relay) -> None:
+    def __init__(self, catalogue: Catalogue, desk: Desk, relay: Relay, gate: Gate) -> None:
+        self._gate = gate
         self._catalogue = catalogue
         self._desk = desk
         self._relay = relay
 
     def build(self) -> web.Application:
-        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_in_one_shape])
+        app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_in_one_shape, self._gate.middleware])
+        app.on_response_prepare.append(self._gate.on_prepare)
         app.add_routes(
             [
                 web.post("/v1/chat/completions", partial(self._complete, msgspec.json.Decoder(ChatRequest))),
@@ -82,14 +85,18 @@ class App:
 
     async def _complete(self, decoder: msgspec.json.Decoder[CompletionWish], http: web.Request) -> web.StreamResponse:
         arrived_s = time.monotonic()
+        guest = http[GUEST]
+        guest.admit()
         body = await read_body(http)
         wish = intake.decode(body, decoder)
         wish.check()
         stops = intake.stop_strings(wish.stop)
         spec = self._catalogue.resolve(wish.model)
+        guest.require(spec.name)
         tokenizer = await self._catalogue.tokenizer(spec)
         prompts = await _aside(len(body), partial(wish.prompts, tokenizer))
         terms = intake.terms(spec, wish, prompts)
+        guest.charge(sum(map(len, prompts)))
         request_id = uuid.uuid4().hex
         dialect = wish.dialect(request_id, tokenizer)
         reader = EventStream(dialect, len(terms)) if wish.stream else WholeBody(dialect, len(terms))
@@ -109,13 +116,18 @@ class App:
                     index=index,
                 )
             )
-        return await self._wait_for(answers, reader.respond(http, {"x-request-id": request_id}))
+        try:
+            return await self._wait_for(answers, reader.respond(http, {"x-request-id": request_id}))
+        finally:
+            guest.charge(sum(len(answer.emitted) for answer in answers))
 
     async def _count_tokens(self, http: web.Request) -> web.Response:
         body = await read_body(http)
         request = intake.decode(body, _count_decoder)
         request.check()
-        tokenizer = await self._catalogue.tokenizer(self._catalogue.resolve(request.model))
+        spec = self._catalogue.resolve(request.model)
+        http[GUEST].require(spec.name)
+        tokenizer = await self._catalogue.tokenizer(spec)
         [prompt_ids] = await _aside(len(body), partial(request.prompts, tokenizer))
         return json_response({"input_tokens": len(prompt_ids)})
 
@@ -138,10 +150,14 @@ class App:
     # What there is, and how it does.
 
     async def _models(self, http: web.Request) -> web.Response:
-        return json_response({"object": "list", "data": [_card(spec, since_s) for spec, since_s in self._catalogue.models]})
+        allows = http[GUEST].key.allows
+        return json_response(
+            {"object": "list", "data": [_card(spec, since_s) for spec, since_s in self._catalogue.models if allows(spec.name)]}
+        )
 
     async def _model(self, http: web.Request) -> web.Response:
         spec = self._catalogue.resolve(http.match_info["name"])
+        http[GUEST].require(spec.name)
         since_s = next(since_s for known, since_s in self._catalogue.models if known is spec)
         return json_response(_card(spec, since_s))
 

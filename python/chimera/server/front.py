@@ -6,14 +6,17 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from pathlib import Path
 
 from aiohttp import web
 
+from chimera.core.access import Access
 from chimera.errors import RequestError
 from chimera.server.app import App
 from chimera.server.catalogue import Catalogue
 from chimera.server.desk import Desk, Patience
+from chimera.server.gate import Gate
 from chimera.server.relay import Relay
 
 _LAST_WORDS_S = 0.5
@@ -37,20 +40,33 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class FrontEnd:
-    def __init__(self, *, run_dir: Path, name: str, listener: socket.socket, patience: Patience | None = None) -> None:
+    """Raises OSError or ssl.SSLError when the certificate cannot be used."""
+
+    def __init__(
+        self,
+        *,
+        run_dir: Path,
+        name: str,
+        listener: socket.socket,
+        patience: Patience | None = None,
+        access: Access | None = None,
+    ) -> None:
+        access = access or Access()
+        self._tls = _tls(access)
         self.catalogue = Catalogue()
         self.desk = Desk(name, patience or Patience())
         self._relay = Relay(run_dir, name, self.catalogue, self.desk)
         self._name = name
         self._listener = listener
-        app = App(self.catalogue, self.desk, self._relay).build()
+        app = App(self.catalogue, self.desk, self._relay, Gate(access)).build()
         # Cancelled handlers are how a client that leaves is noticed.
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=_LAST_WORDS_S)
 
     @property
     def url(self) -> str:
         host, port = self._listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
     @property
     def ready(self) -> bool:
@@ -60,7 +76,7 @@ class FrontEnd:
     async def start(self) -> None:
         await self._relay.start()
         await self._runner.setup()
-        await web.SockSite(self._runner, self._listener, backlog=1024).start()
+        await web.SockSite(self._runner, self._listener, backlog=1024, ssl_context=self._tls).start()
         _log.info("%s listens on %s", self._name, self.url)
 
     async def drain(self, within_s: float) -> None:
@@ -76,3 +92,12 @@ class FrontEnd:
         await self._runner.cleanup()
         self.desk.close()
         await self._relay.close()
+
+
+def _tls(access: Access) -> ssl.SSLContext | None:
+    if access.tls_cert is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(access.tls_cert, access.tls_key)
+    return context
