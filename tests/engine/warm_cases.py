@@ -1,0 +1,312 @@
+"""SGLang's models from shared images: the same tokens as from their files, and no wrong one ever in service.
+
+The engine runs in this very process, so that faults can be planted in it. Imported once, SGLang leaves no process as it
+was: `test_warm.py` runs these in one of their own.
+"""
+
+import json
+import shutil
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import pytest
+from chimera.engine.api import CannotServe, Leave
+from chimera.engine.preload import preload
+from chimera.tiny.maker import make
+from chimera.tiny.shapes import MODELS
+from chimera.weights.image import Canary, Contents, closing
+from chimera.weights.store import WeightStore
+
+from tests.worker.stage import model
+
+if TYPE_CHECKING:
+    from chimera.engine.sglang.warm import WarmEngine
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+ARCHITECTURES = ("llama", "qwen3", "gemma2", "mistral", "moe")
+PROMPT = (5, 6, 7, 8, 9)
+KV = 4096 * 4096
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    for name in ARCHITECTURES:
+        make(MODELS[name], folder / name, seed=0)
+    return folder
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> WeightStore:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    return WeightStore(folder)
+
+
+@pytest.fixture(scope="module")
+def bare() -> Any:
+    return preload("sglang")()
+
+
+@pytest.fixture
+def engine(bare: Any, store: WeightStore) -> Iterator["WarmEngine"]:
+    from chimera.engine.sglang.warm import WarmEngine
+
+    engine = WarmEngine(bare, store)
+    yield engine
+    engine.deactivate()
+
+
+@pytest.fixture
+def llama(checkpoints: Path, tmp_path: Path) -> Path:
+    """A checkpoint to spoil."""
+    return Path(shutil.copytree(checkpoints / "llama", tmp_path / "llama"))
+
+
+def says(engine: "WarmEngine", name: str, folder: Path, **fields: Any) -> tuple[int, ...]:
+    engine.activate(model(name, str(folder), **fields), gpu_ids=(0,), kv_bytes=KV)
+    said = engine.ask(PROMPT)
+    engine.deactivate()
+    return said
+
+
+def says_bare(bare: Any, name: str, folder: Path) -> tuple[int, ...]:
+    from chimera.engine.sglang.warm import CANARY_TOKENS, _Question
+
+    bare.activate(model(name, str(folder)), gpu_ids=(0,), kv_bytes=KV)
+    question = _Question(PROMPT, CANARY_TOKENS)
+    with pytest.raises(Leave):
+        bare.serve(question)
+    bare.deactivate()
+    return tuple(question.said)
+
+
+def images(store: WeightStore) -> list[Path]:
+    return list(store.folder.glob("*.image"))
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Change what an image says of itself, with valid checksums all the same."""
+    content = path.read_bytes()
+    length = struct.unpack("<Q", content[-20:-12])[0]
+    contents = msgspec.msgpack.decode(content[-20 - length : -20], type=Contents)
+    path.write_bytes(content[: contents.data_bytes] + closing(msgspec.structs.replace(contents, **changes)))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_model_from_its_image_says_what_it_says_from_its_files(
+    bare: Any, engine: "WarmEngine", store: WeightStore, checkpoints: Path, name: str
+) -> None:
+    wanted = says_bare(bare, name, checkpoints / name)
+    assert says(engine, name, checkpoints / name) == wanted, "built just now"
+    (path,) = images(store)
+    before = path.stat().st_ino
+    assert says(engine, name, checkpoints / name) == wanted, "built before"
+    assert path.stat().st_ino == before, "nothing was built again"
+    assert not any(image.contents.unfit for image in [_open(path)])
+
+
+def test_latent_attention_keeps_what_loading_derives(engine: "WarmEngine", store: WeightStore, tmp_path: Path) -> None:
+    """MLA's absorbed projections are no parameters. On a CPU such a model is built and asked nothing."""
+    from chimera.engine.sglang.images import witnessed
+
+    make(MODELS["deepseek"], tmp_path / "deepseek", seed=0)
+    with witnessed() as witness:
+        engine._bare.activate(model("deepseek", str(tmp_path / "deepseek")), gpu_ids=(0,), kv_bytes=KV)
+    engine.deactivate()
+    assert witness.survey is not None, witness.unfit
+    derived = {entry.name.rpartition(".")[2] for entry in witness.survey.entries if entry.kind == "attribute"}
+    assert {"w_kc", "w_vc"} <= derived
+
+
+def test_tied_embeddings_are_stored_once(engine: "WarmEngine", store: WeightStore, checkpoints: Path) -> None:
+    engine.prepare(model("gemma2", str(checkpoints / "gemma2")), gpu_ids=(0,))
+    (path,) = images(store)
+    files_bytes = (checkpoints / "gemma2" / "model.safetensors").stat().st_size
+    contents = _open(path).contents
+    rotary_bytes = sum(4 * e.shape[0] * e.shape[1] for e in contents.entries if e.name.endswith("cos_sin_cache"))
+    assert contents.data_bytes < files_bytes + rotary_bytes + 512 * len(contents.entries)
+
+
+def test_two_workers_share_the_bytes(engine: "WarmEngine", store: WeightStore, checkpoints: Path) -> None:
+    engine.activate(model("llama", str(checkpoints / "llama")), gpu_ids=(0,), kv_bytes=KV)
+    (path,) = images(store)
+    mapped = [line.split()[0] for line in Path("/proc/self/maps").read_text().splitlines() if path.name in line]
+    assert len(mapped) == 1, "the weights are views of one mapping"
+    engine.deactivate()
+    assert path.name not in Path("/proc/self/maps").read_text(), "nothing holds the image of a model that has left"
+
+
+def test_preparing_twice_checks_and_builds_nothing(engine: "WarmEngine", store: WeightStore, checkpoints: Path) -> None:
+    spec = model("llama", str(checkpoints / "llama"))
+    nbytes = engine.prepare(spec, gpu_ids=(0,))
+    (path,) = images(store)
+    inode = path.stat().st_ino
+    assert engine.prepare(spec, gpu_ids=(0,)) == nbytes > 0
+    assert path.stat().st_ino == inode
+    with path.open("r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff\xff\xff\xff")
+    engine.prepare(spec, gpu_ids=(0,))
+    (path,) = images(store)
+    _open(path).require_intact()
+
+
+def test_a_model_that_wakes_up_wrong_is_kept_out_of_service(
+    engine: "WarmEngine", store: WeightStore, checkpoints: Path
+) -> None:
+    spec = model("llama", str(checkpoints / "llama"))
+    engine.prepare(spec, gpu_ids=(0,))
+    (path,) = images(store)
+    canary = _open(path).contents.canary
+    rewrite(path, canary=Canary(prompt=canary.prompt, tokens=tuple(token + 1 for token in canary.tokens)))
+    with pytest.raises(CannotServe, match="woke up wrong") as refused:
+        engine.activate(spec, gpu_ids=(0,), kv_bytes=KV)
+    assert not refused.value.permanent and not images(store), "its image is gone, so the next attempt builds it anew"
+    engine.activate(spec, gpu_ids=(0,), kv_bytes=KV)
+
+
+def test_a_new_image_that_brings_the_model_back_wrong_is_never_used(
+    engine: "WarmEngine", store: WeightStore, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = says(engine, "qwen3", checkpoints / "qwen3")
+    for path in images(store):
+        path.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_wrong", lambda image: "it says nothing")
+        assert says(engine, "qwen3", checkpoints / "qwen3") == wanted, "from its files"
+    (path,) = images(store)
+    assert _open(path).contents.unfit == "it says nothing"
+
+
+def test_a_canary_that_cannot_be_asked_says_nothing_of_the_image(
+    engine: "WarmEngine", store: WeightStore, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = model("llama", str(checkpoints / "llama"))
+    engine.prepare(spec, gpu_ids=(0,))
+    # A prompt for which there is no room.
+    monkeypatch.setattr(engine, "_wrong", lambda image: str(engine.ask(tuple(range(3, 5000)))))
+    with pytest.raises(CannotServe, match="could not be asked") as refused:
+        engine.activate(spec, gpu_ids=(0,), kv_bytes=1024 * 4096)
+    assert not refused.value.permanent and len(images(store)) == 1
+
+
+def test_exchanged_weights_are_noticed(engine: "WarmEngine", store: WeightStore, checkpoints: Path) -> None:
+    spec = model("llama", str(checkpoints / "llama"))
+    engine.prepare(spec, gpu_ids=(0,))
+    (path,) = images(store)
+    content = bytearray(path.read_bytes())
+    data_bytes = _open(path).contents.data_bytes
+    content[: data_bytes // 2] = content[data_bytes // 2 // 512 * 512 : data_bytes // 2 // 512 * 512 + data_bytes // 2]
+    path.write_bytes(content)
+    with pytest.raises(CannotServe, match="woke up wrong"):
+        engine.activate(spec, gpu_ids=(0,), kv_bytes=KV)
+
+
+def test_changed_files_are_built_anew(engine: "WarmEngine", store: WeightStore, checkpoints: Path, llama: Path) -> None:
+    first = says(engine, "llama", llama)
+    make(MODELS["llama"], llama, seed=1)
+    second = says(engine, "llama", llama)
+    assert second != first and len(images(store)) == 1
+    make(MODELS["llama"], llama, seed=0)
+    assert says(engine, "llama", llama) == first
+
+
+def test_files_that_change_while_they_are_read_make_no_image(
+    engine: "WarmEngine", store: WeightStore, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = engine.ask
+
+    def meanwhile(prompt: tuple[int, ...]) -> tuple[int, ...]:
+        (llama / "model.safetensors").touch()
+        return ask(prompt)
+
+    monkeypatch.setattr(engine, "ask", meanwhile)
+    with pytest.raises(CannotServe, match="changed while they were read") as refused:
+        engine.activate(model("llama", str(llama)), gpu_ids=(0,), kv_bytes=KV)
+    assert not refused.value.permanent and not images(store)
+
+
+def test_a_truncated_checkpoint_is_refused_by_name(engine: "WarmEngine", store: WeightStore, llama: Path) -> None:
+    weights = llama / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(CannotServe, match=r"model\.safetensors.*cut short") as refused:
+        engine.activate(model("llama", str(llama)), gpu_ids=(0,), kv_bytes=KV)
+    assert refused.value.permanent and not images(store)
+
+
+def test_heads_that_contradict_the_weights_are_refused(engine: "WarmEngine", store: WeightStore, llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 4}))
+    with pytest.raises(CannotServe, match=r"describes") as refused:
+        engine.activate(model("llama", str(llama)), gpu_ids=(0,), kv_bytes=KV)
+    assert refused.value.permanent and not images(store)
+
+
+def test_a_tensor_that_is_missing_is_refused(engine: "WarmEngine", store: WeightStore, llama: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(llama / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))  # one thing more than it needs
+    with pytest.raises(CannotServe, match=r"layers\.1\.mlp\.gate_up_proj") as refused:
+        engine.activate(model("llama", str(llama)), gpu_ids=(0,), kv_bytes=KV)
+    assert refused.value.permanent and not images(store)
+
+
+def test_an_unknown_architecture_is_refused(engine: "WarmEngine", store: WeightStore, llama: Path) -> None:
+    config = json.loads((llama / "config.json").read_text())
+    (llama / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"], "model_type": "no_such"}))
+    with pytest.raises(CannotServe) as refused:
+        engine.activate(model("llama", str(llama)), gpu_ids=(0,), kv_bytes=KV)
+    assert refused.value.permanent and str(refused.value) and not images(store)
+
+
+def test_a_full_store_is_a_reason_and_passes(bare: Any, tmp_path: Path, checkpoints: Path) -> None:
+    from chimera.engine.sglang.warm import WarmEngine
+
+    engine = WarmEngine(bare, WeightStore(tmp_path, budget_bytes=1 << 20))
+    with pytest.raises(CannotServe, match="no room") as refused:
+        engine.activate(model("llama", str(checkpoints / "llama")), gpu_ids=(0,), kv_bytes=KV)
+    assert not refused.value.permanent
+
+
+def test_sglangs_own_loaders_stay(engine: "WarmEngine", store: WeightStore, checkpoints: Path) -> None:
+    spec = model("llama", str(checkpoints / "llama"), engine_args={"load_format": "dummy"})
+    assert engine.prepare(spec, gpu_ids=(0,)) == 0
+    engine.activate(spec, gpu_ids=(0,), kv_bytes=KV)
+    assert not images(store)
+
+
+def test_a_model_that_cannot_come_from_an_image_comes_from_its_files(
+    engine: "WarmEngine", store: WeightStore, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from chimera.engine.sglang import images as module
+
+    wanted = says(engine, "llama", checkpoints / "llama")
+    for path in images(store):
+        path.unlink()
+
+    def needs_values(model_config: Any, load_config: Any) -> Any:
+        raise NotImplementedError("Cannot copy out of meta tensor; no data!")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "skeleton", needs_values)
+        assert says(engine, "llama", checkpoints / "llama") == wanted
+    (path,) = images(store)
+    assert "meta tensor" in _open(path).contents.unfit
+    assert says(engine, "llama", checkpoints / "llama") == wanted, "nor is it tried again"
+
+
+def _open(path: Path) -> Any:
+    from chimera.weights.image import Image
+
+    image = Image.open(path)
+    assert image is not None
+    return image
