@@ -3,8 +3,9 @@
     chimera serve model_configs/cpu_1_gpu_2_model.json --port 8123
     python -m benchmark.sim.fit --url http://127.0.0.1:8123 --base cpu-2-cores --out table.json
 
-Asks one model, alone: prompts of several lengths, and answers of several at a time. Two straight lines give the coefficients;
-what two lines cannot tell apart (memory bandwidth, links, neighbours) stays as the base table has it, and is said to.
+Asks one model, alone: prompts of several lengths, and answers of several at a time; takes the least of each, for what a busy
+machine adds is not its price. A parabola and a line give the coefficients; what they cannot tell apart (memory bandwidth,
+links, neighbours) stays as the base table has it, and is said to.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from pathlib import Path
 from time import perf_counter
 from urllib.parse import urlsplit
 
+import numpy
 from chimera.config.cost_tables import read_cost_table
 
 PROMPTS = (16, 128, 256, 512, 768)
 AT_ONCE = (1, 2, 4, 8)
 ANSWER_TOKENS = 48
-REPEATS = 7
+REPEATS = 9
 
 
 def main() -> int:
@@ -40,13 +42,10 @@ def main() -> int:
     draw = random.Random(1)
     for length in PROMPTS:
         _ask(arguments.url, name, _prompt(draw, length), 2)
-    ttft = [
-        (length, statistics.median(_ask(arguments.url, name, _prompt(draw, length), 2)[0] for _ in range(REPEATS)))
-        for length in PROMPTS
-    ]
-    tpot = [(count, statistics.median(_together(arguments.url, name, draw, count) for _ in range(3))) for count in AT_ONCE]
-    first_s, token_s = _line(ttft)
-    step_s, sequence_s = _line(tpot)
+    ttft = [(length, min(_ask(arguments.url, name, _prompt(draw, length), 2)[0] for _ in range(REPEATS))) for length in PROMPTS]
+    tpot = [(count, min(_together(arguments.url, name, draw, count) for _ in range(5))) for count in AT_ONCE]
+    half_pair_s, token_s, first_s = (float(c) for c in numpy.polyfit(*zip(*ttft, strict=True), deg=2))
+    sequence_s, step_s = (float(c) for c in numpy.polyfit(*zip(*tpot, strict=True), deg=1))
     for what, points in (("TTFT by prompt tokens", ttft), ("TPOT by sequences", tpot)):
         print(what, ", ".join(f"{x}: {1e3 * y:.2f} ms" for x, y in points))
     table = json.loads(read_cost_table(arguments.base))
@@ -56,6 +55,7 @@ def main() -> int:
         "step_sequence_s": max(0.0, sequence_s),
         "request_s": max(0.0, first_s - step_s),
         "prefill_weight_bytes_per_s": weight_bytes / max(1e-9, token_s),
+        "prefill_kv_bytes_per_s": model["kv_bytes_per_token"] / max(1e-12, 2 * half_pair_s),
     }
     for key, value in measured.items():
         table[key] = float(f"{value:.4g}")
@@ -63,13 +63,6 @@ def main() -> int:
     arguments.out.write_text(json.dumps(table, indent=2) + "\n")
     print({key: table[key] for key in measured})
     return 0
-
-
-def _line(points: list[tuple[int, float]]) -> tuple[float, float]:
-    """Least squares: intercept and slope."""
-    mean_x, mean_y = statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points)
-    slope = sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
-    return mean_y - slope * mean_x, slope
 
 
 def _prompt(draw: random.Random, length: int) -> list[int]:
