@@ -69,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--virtual-gpus", metavar="8x2GiB", help="memory budgets of this host that stand in for GPUs")
     for flag, takes_value in _SAME.items():
         _add(parser, flag, takes_value, "as of chimera serve")
+    parser.add_argument("--keys", metavar="FILE", help="who may ask for what; `chimera keys` makes entries")
+    parser.add_argument("--open", action="store_true", help="let in whoever reaches the address, without a key")
     for flag, (takes_value, why) in _GONE.items():
         _add(parser, flag, takes_value, f"no effect: {why}")
     return parser
@@ -97,6 +99,10 @@ def _translated(arguments: argparse.Namespace) -> argparse.Namespace:
         value = getattr(arguments, _attribute(flag))
         if value not in (None, False):
             words += [flag, value] if takes_value else [flag]
+    if arguments.keys is not None:
+        words += ["--keys", arguments.keys]
+    if arguments.open:
+        words.append("--open")
     parser = argparse.ArgumentParser()
     serve.configure(parser)
     return parser.parse_args(words)

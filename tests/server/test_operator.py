@@ -11,6 +11,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from chimera.cli import main
 from chimera.control.exchange import Exchange
 from chimera.core.gpu import Gpu
 from chimera.core.placement import Placement, Seat
@@ -191,3 +192,22 @@ async def test_an_order_whose_control_goes_away_says_so(bench: Bench) -> None:
     await bench.exchange.stop()
     status, body = await asking
     assert status == 503 and "went away" in body["error"]["message"]
+
+
+async def test_the_verbs_of_the_command_line(bench: Bench, capsys: pytest.CaptureFixture[str]) -> None:
+    async def chimera(*words: str) -> tuple[int, str]:
+        status = await asyncio.to_thread(main.main, [*words, "--url", bench.front.url])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    assert await chimera("load", "b", "--gpus", "1") == (0, "b is serving: ready in 0.2 s\n")
+    assert await chimera("pin", "b") == (0, "b stays\n")
+    status, table = await chimera("ps")
+    assert status == 0 and [line.split()[0] for line in table.splitlines()] == ["MODEL", "a", "b"]
+    assert table.splitlines()[2].split()[-1] == "yes"
+    assert len(json.loads((await chimera("ps", "--json"))[1])) == 2
+    assert await chimera("unload", "b", "--now") == (0, "b is down\n")
+    assert await chimera("unload", "b") == (0, "b was down already\n")
+    assert json.loads((await chimera("pin", "b", "--off", "--json"))[1]) == {"model": "b", "pin": False}
+    status, told = await chimera("load", "bb")
+    assert status == 1 and "did you mean 'b'" in told

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from chimera.cli import costs, images
+from chimera.cli import costs, door, images
 from chimera.cli.supervisor import Service, Supervisor
 from chimera.config.deployment import Deployment, deployment_of_models, load_placement
 from chimera.config.nvml import read_nvml
@@ -43,6 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     _configure_workers(parser)
     images.configure(parser)
+    door.configure(parser)
 
 
 def _configure_workers(parser: argparse.ArgumentParser) -> None:
@@ -71,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         count = getattr(arguments, flag[2:].replace("-", "_"))
         if not 1 <= count <= 64:
             raise ConfigError.single(flag, f"{count} workers: 1 to 64 are possible")
+    door.access_of(arguments)  # a fault in it is told before models are looked at
     deployment = _deployment(arguments)
     _make_log_dir(arguments.log_dir)
     with images.images_of(arguments, deployment.models, _say) as shared:
@@ -98,6 +100,7 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         run_dir=arguments.run_dir,
         images=shared,
         async_loading=arguments.async_loading,
+        access=door.access_of(arguments),
         spare_workers=arguments.workers_per_gpu * len(deployment.gpus) if arguments.enable_worker_pool else 0,
         prepare_at_once=arguments.num_model_service_workers,
         prepare=tuple(model for model in deployment.models if beforehand and model.name not in seated),

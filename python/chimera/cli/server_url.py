@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
+from chimera.config.keys import client_key
 from chimera.errors import ChimeraError, ConfigError
 
 DEFAULT_URL = "http://127.0.0.1:8000"
@@ -36,8 +37,11 @@ def request(
             reason = fault.strerror or fault
             raise ServerError(f"no server at {url} ({reason}); start one with `chimera serve`, or name its --url") from None
         connection.sock.settimeout(within_s)
+        headers = {"Content-Type": "application/json"}
+        if (key := client_key()) is not None:
+            headers["Authorization"] = f"Bearer {key}"
         try:
-            connection.request(method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"})
+            connection.request(method, path, None if body is None else json.dumps(body), headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as fault:
             raise ServerError(f"the server at {url} broke the connection: {fault!r}") from None
@@ -46,6 +50,16 @@ def request(
         yield response
     finally:
         connection.close()
+
+
+def order(url: str, path: str, body: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
+    """An operator's verb, and what came of it; printed as it is when `as_json`."""
+    with request(url, "POST", path, body) as response:
+        document = response.read()
+    if as_json:
+        print(document.decode())
+    answer: dict[str, Any] = json.loads(document)
+    return answer
 
 
 def _refusal(response: http.client.HTTPResponse, url: str) -> str:

@@ -56,7 +56,7 @@ def _models(snapshot: Snapshot) -> str:
         for view in ours:
             rows.append(_row(spec.name, view, waiting))
             waiting = 0  # they wait for the model, not for one replica
-    return _table(("MODEL", "STATE", "GPU", "RUNNING", "QUEUED", "WAITING", "KV TOKENS"), rows)
+    return table(("MODEL", "STATE", "GPU", "RUNNING", "QUEUED", "WAITING", "KV TOKENS"), rows)
 
 
 def _row(model: str, view: ReplicaView | None, waiting: int) -> tuple[str, ...]:
@@ -72,14 +72,14 @@ def _gpus(snapshot: Snapshot) -> str:
     rows = [
         (str(gpu.gpu_id), gpu.node, gpu.name, format_bytes(gpu.capacity_bytes), _on(gpu, snapshot)) for gpu in snapshot.gpus
     ]
-    return _table(("GPU", "NODE", "NAME", "MEMORY", "MODELS"), rows)
+    return table(("GPU", "NODE", "NAME", "MEMORY", "MODELS"), rows)
 
 
 def _on(gpu: Gpu, snapshot: Snapshot) -> str:
     return " ".join(view.replica.model for view in snapshot.replicas if gpu.gpu_id in view.gpu_ids) or "–"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -12,11 +12,12 @@ import contextlib
 import ctypes
 import os
 import signal
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +27,7 @@ from chimera.cli import port as port_of
 from chimera.cli import run_dir
 from chimera.cli.images import Images
 from chimera.control.charge import Charge
+from chimera.core.access import Access
 from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement
@@ -70,6 +72,7 @@ class Service:
     log_dir: Path | None = None
     """Where logs and decisions are kept; else logs go to standard error and decisions go with the run directory."""
     run_dir: Path | None = None
+    access: Access = field(default_factory=Access)
     images: Images | None = None
     """Where workers share weights; else each reads its model's files."""
     spare_workers: int = 0
@@ -143,6 +146,8 @@ class Supervisor:
         service = self._service
         charge = Charge(models=service.models, wanted=service.wanted, policy=service.policy, costs=service.costs)
         charge.write(self._dir / "deployment.json")
+        access = msgspec.structs.replace(service.access, share=1 / service.fronts)
+        (self._dir / "access.json").write_bytes(msgspec.json.encode(access))
         (self._dir / "gpus.json").write_bytes(msgspec.json.encode(service.gpus))
         (self._dir / "prepare.json").write_bytes(msgspec.json.encode(service.prepare))
         self._say(f"{_count(len(service.models), 'model')} on {_gpus(service.gpus)}, engine {service.engine}")
@@ -180,6 +185,7 @@ class Supervisor:
             if service.images.budget_bytes is not None:
                 parent += ["--images-bytes", str(service.images.budget_bytes)]
         front = ["chimera.server", "--run-dir", folder, "--host", service.host, "--port", str(port)]
+        front += ["--access", str(self._dir / "access.json")]
         drain = ["--drain-s", str(service.drain_s)]
         return [
             _child("parent", *parent, *level),
@@ -225,7 +231,7 @@ class Supervisor:
     async def _fronts_ready(self, port: int) -> None:
         """Until control has met each of them, and the port is answered."""
         await self._fronts_here.wait()
-        while not await answers(port_of.reachable(self._service.host), port):  # noqa: ASYNC110 - another process has no event
+        while not await answers(port_of.reachable(self._service.host), port, self._tls):  # noqa: ASYNC110 - another process has no event
             await asyncio.sleep(ASK_AGAIN_S)
 
     def _greet(self, news: Link) -> None:
@@ -265,7 +271,12 @@ class Supervisor:
 
     def _url(self, port: int) -> str:
         host = port_of.reachable(self._service.host)
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        scheme = "https" if self._tls else "http"
+        return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+    @property
+    def _tls(self) -> bool:
+        return self._service.access.tls_cert is not None
 
     @property
     def _elapsed(self) -> str:
@@ -373,10 +384,14 @@ class Supervisor:
                 child.process.returncode = -signal.SIGKILL
 
 
-async def answers(host: str, port: int) -> bool:
+async def answers(host: str, port: int, tls: bool = False) -> bool:
     """Whether a front-end is there and fit to serve."""
+    context = None
+    if tls:  # it is our own, on this machine, under a name that the certificate need not have
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
-        reader, writer = await asyncio.open_connection(host, port)
+        reader, writer = await asyncio.open_connection(host, port, ssl=context)
     except OSError:
         return False
     try:
