@@ -231,6 +231,11 @@ def test_files_that_change_while_they_are_read_make_no_image(
     assert not refused.value.permanent and not images(store)
 
 
+def test_a_folder_that_is_gone_is_refused_with_the_reason(engine: "WarmEngine", tmp_path: Path) -> None:
+    with pytest.raises(CannotServe, match="folder cannot be read"):
+        engine.activate(model("gone", str(tmp_path / "gone")), gpu_ids=(0,), kv_bytes=KV)
+
+
 def test_a_truncated_checkpoint_is_refused_by_name(engine: "WarmEngine", store: WeightStore, llama: Path) -> None:
     weights = llama / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])

@@ -46,12 +46,12 @@ def takes_images(model: ModelSpec) -> bool:
 
 def key_of(model: ModelSpec, *, engine: str, device: str) -> ImageKey:
     folder = Path(model.path)
-    arguments = server_arguments(model, on_cpu=device == "cpu", kv_bytes=None)
-    settings = {name: value for name, value in arguments.items() if name not in _NOT_LAYOUT}
     try:
+        arguments = server_arguments(model, on_cpu=device == "cpu", kv_bytes=None)
         files = stamps(folder)
-    except OSError as fault:
+    except (OSError, ValueError) as fault:
         raise WeightsError(f"the model's folder cannot be read: {fault}") from fault
+    settings = {name: value for name, value in arguments.items() if name not in _NOT_LAYOUT}
     return ImageKey(
         folder=str(folder),
         files=files,
