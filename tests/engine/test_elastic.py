@@ -146,8 +146,8 @@ def test_prefixes_that_went_with_their_memory_are_made_again(stage: Stage, worke
     crowd = Crowd(stage, worker, tiny, epoch, ready.credits)
     first = wishes(6, 12)
     crowd.run(first)
-    worker.recall(tiny, epoch, 2, 2, within_s=0.2)
-    worker.settles(2, 2)
+    worker.recall(tiny, epoch, 2, 4, within_s=0.2)
+    worker.settles(2, 4)
     worker.grant(tiny, epoch, 3, CEILING)
     again = [Wish(w.name + "b", w.prompt, w.length) for w in first]
     crowd.run(again)

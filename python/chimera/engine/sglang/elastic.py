@@ -26,7 +26,7 @@ from chimera.engine.sglang.occupants import Occupants, live_requests
 from chimera.errors import DriverError
 from chimera.kv.budget import Budget
 from chimera.kv.fence import Passed, after_stream, immediate
-from chimera.kv.layout import STRIPE_BYTES, Interleaved, KvKind, Layout, PerLayer
+from chimera.kv.layout import STRIPE_BYTES, KvKind, PerLayer
 from chimera.kv.pool import ElasticPool
 from chimera.kv.reserve import Reserve
 from chimera.units import KIB, MIB, ceil_div, format_bytes
@@ -51,7 +51,7 @@ class ElasticKv:
     def __init__(self, *, level_bytes: int, ceiling_bytes: int, on_cpu: bool) -> None:
         self.ceiling_bytes = ceiling_bytes
         self.restless = False
-        """Stripes are on their way out, and need no step for it."""
+        """Not at its level yet, which may take no step but time."""
         self.stalled = False
         """Requests wait for memory, and nothing runs whose end would free any."""
         self._on_cpu = on_cpu
@@ -76,8 +76,8 @@ class ElasticKv:
         if self._pool is not None:
             raise CannotServe("a model with two KV pools cannot have elastic memory: set elastic to false", permanent=True)
         stripe_bytes = min(STRIPE_BYTES, max(self._driver.granularity, self.ceiling_bytes // _STRIPES_AIMED_AT))
-        make: type[Interleaved] | type[PerLayer] = Interleaved if self._on_cpu else PerLayer
-        layout: Layout = make(
+        # As SGLang itself lays it out: its CUDA kernels take a row's stride from its shape, and a CPU reads it faster.
+        layout = PerLayer(
             kind, slots=slots, granularity=self._driver.granularity, block_slots=page_size, stripe_bytes=stripe_bytes
         )
         reserve = Reserve(
@@ -131,8 +131,8 @@ class ElasticKv:
             self._move_level(give_back)
             self._show()
             pool = self._owned_pool
-            self.restless = bool(pool.leaving) or pool.present_stripes > pool.staying_stripes
-            self._is_there = not self.restless and pool.staying_stripes == self._wanted_stripes
+            self._is_there = pool.present_stripes == pool.staying_stripes == self._wanted_stripes
+            self.restless = not self._is_there
             if self._is_there:
                 self._retract_at_s = math.inf
         self.stalled = self._is_stalled()
@@ -218,7 +218,7 @@ class ElasticKv:
     def _needed_stripes(self) -> int:
         """Below this SGLang could not take its next steps: it aborts a lone request, and raises in a chunked prefill."""
         pool, scheduler = self._owned_pool, self._scheduler
-        live = live_requests(scheduler)
+        live = [request for request in live_requests(scheduler) if not request.finished()]
         page = pool.slots.block_slots
         chunked = scheduler.chunked_req
         # A chunked prefill is scheduled whether there is room or not, and one step ahead of us.
