@@ -83,9 +83,18 @@ class ProtocolError(ChimeraError):
 class RequestError(ChimeraError):
     """One client's request cannot be served. The code says what kind of end it is; only the server knows HTTP's word for it."""
 
-    def __init__(self, code: str, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        queue_position: int | None = None,
+    ) -> None:
         self.code = code
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.queue_position = queue_position
         super().__init__(message)

@@ -135,6 +135,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(control: Watched) -> No
         assert control.on(arrived(request_id)) == []
     refused = only(Reject, control.on(arrived("v")))
     assert refused.code == RejectCode.QUEUE_FULL
+    assert refused.queue_position is not None and refused.queue_position > 1
     assert refused.retry_after_s == 5.0
     assert words(control.on(arrived("u", tries=1))) == [], "one that was accepted before is not turned away now"
 

@@ -172,10 +172,22 @@ class Rehearsal:
         enqueue = await self.enqueued.get()
         return enqueue.request, msgspec.msgpack.decode(enqueue.payload, type=Payload)
 
-    def reject(self, request: Request, code: str, reason: str, retry_after_s: float | None = None) -> None:
+    def reject(
+        self,
+        request: Request,
+        code: str,
+        reason: str,
+        retry_after_s: float | None = None,
+        queue_position: int | None = None,
+    ) -> None:
         self._tell(
             actions.Reject(
-                request_id=request.request_id, front=request.front, code=code, reason=reason, retry_after_s=retry_after_s
+                request_id=request.request_id,
+                front=request.front,
+                code=code,
+                reason=reason,
+                retry_after_s=retry_after_s,
+                queue_position=queue_position,
             )
         )
 

@@ -250,3 +250,13 @@ async def test_a_client_of_http_1_0_gets_a_stream_without_chunks(stage: Stage) -
     assert events.startswith(b"data: {") and events.endswith(b"data: [DONE]\n\n")
     writer.close()
     await writer.wait_closed()
+
+
+async def test_a_full_queue_says_how_long_and_where_one_would_have_stood(stage: Stage) -> None:
+    stage.rehearsal.hold = True
+    asking = asyncio.create_task(stage.client.post(stage.url + CHAT, json=ASK))
+    request = await stage.rehearsal.next_request()
+    stage.rehearsal.reject(request, "queue_full", "7 requests for m wait already", 3.25, 8)
+    async with await asking as response:
+        told = [response.headers[name] for name in ("Retry-After", "x-estimated-wait", "x-queue-position")]
+        assert (response.status, told) == (429, ["4", "3.250", "8"])

@@ -133,6 +133,8 @@ class Reject(Action, frozen=True, kw_only=True):
     front: str
     code: str
     retry_after_s: float | None = None
+    queue_position: int | None = None
+    """Where it would have stood, had there been room."""
 
 
 class WakeAt(Action, frozen=True, kw_only=True):

@@ -320,7 +320,7 @@ class ControlScheduler:
             serving = sum(place.state is PlaceState.SERVING for place in places)
             wait_s = self._wait_s(model)
             reason = f"{ahead} requests for {model} wait already ({serving} replicas, about {wait_s:.1f} s)"
-            return _reject(request, RejectCode.QUEUE_FULL, reason, retry_after_s=wait_s)
+            return _reject(request, RejectCode.QUEUE_FULL, reason, retry_after_s=wait_s, queue_position=ahead + 1)
         return None
 
     def _hopeless(self, request: Request, places: list[Place], now: float) -> Reject:
@@ -897,8 +897,22 @@ def _copy(state: ControlState) -> ControlState:
     return msgspec.json.decode(msgspec.json.encode(state), type=ControlState)
 
 
-def _reject(request: Request, code: RejectCode, reason: str, *, retry_after_s: float | None = None) -> Reject:
-    return Reject(request_id=request.request_id, front=request.front, code=code, retry_after_s=retry_after_s, reason=reason)
+def _reject(
+    request: Request,
+    code: RejectCode,
+    reason: str,
+    *,
+    retry_after_s: float | None = None,
+    queue_position: int | None = None,
+) -> Reject:
+    return Reject(
+        request_id=request.request_id,
+        front=request.front,
+        code=code,
+        retry_after_s=retry_after_s,
+        queue_position=queue_position,
+        reason=reason,
+    )
 
 
 def _refuse_order(order: LoadWanted | UnloadWanted, code: RejectCode, reason: str) -> Reject:

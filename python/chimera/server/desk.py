@@ -109,7 +109,8 @@ class Desk:
         if isinstance(message, Requeue):
             self._send_again(answer, message.reason)
         else:
-            self._fail(answer, RequestError(message.code, message.reason, retry_after_s=message.retry_after_s))
+            wait_s, position = message.retry_after_s, message.queue_position
+            self._fail(answer, RequestError(message.code, message.reason, retry_after_s=wait_s, queue_position=position))
 
     # Workers.
 

@@ -86,6 +86,9 @@ def error_response(error: RequestError, path: str) -> web.Response:
     headers = {}
     if error.retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers["x-estimated-wait"] = f"{error.retry_after_s:.3f}"
+    if error.queue_position is not None:
+        headers["x-queue-position"] = str(error.queue_position)
     body = anthropic_error_body(error) if _is_anthropic(path) else error_body(error)
     return web.Response(status=_status_of(error), body=body, content_type="application/json", headers=headers)
 

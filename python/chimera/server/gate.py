@@ -156,6 +156,6 @@ def _cors_headers(origin: str) -> dict[str, str]:
         "Access-Control-Allow-Origin": origin,
         "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
         "Access-Control-Allow-Headers": "authorization, content-type, x-api-key, anthropic-version",
-        "Access-Control-Expose-Headers": "x-request-id, retry-after",
+        "Access-Control-Expose-Headers": "x-request-id, retry-after, x-estimated-wait, x-queue-position",
         "Vary": "Origin",
     }
