@@ -37,9 +37,10 @@ class Desk:
         self.said: asyncio.Queue[tuple[Worker, Message]] = asyncio.Queue()
         self.lost: asyncio.Queue[Worker] = asyncio.Queue()
         self._epochs = itertools.count(1)
+        self.socket = folder / "agent-t.sock"
         self.pool = WorkerPool(
             prefix="t",
-            socket=folder / "agent-t.sock",
+            socket=self.socket,
             parent_socket=parent_socket,
             on_message=lambda worker, message: self.said.put_nowait((worker, message)),
             on_lost=lambda worker, _: self.lost.put_nowait(worker),
@@ -121,3 +122,18 @@ async def test_a_spare_worker_that_dies_is_replaced(parent_socket: Path) -> None
         worker.vigil.signal(signal.SIGKILL)
         assert await asyncio.wait_for(made.lost.get(), PATIENCE_S) is worker
         assert made.free >= 1 and worker not in list(made.pool)
+
+
+async def test_a_spare_worker_that_dies_at_birth_is_not_followed_by_another(parent_socket: Path) -> None:
+    async with desk(parent_socket, spare=1) as made:
+        worker = made.employ("a")
+        await made.hears(events.ReplicaReady)
+        made.socket.unlink()  # whoever is born from now on finds no agent
+        assert worker.vigil is not None
+        worker.vigil.signal(signal.SIGKILL)
+        async with asyncio.timeout(PATIENCE_S):
+            while made.all:
+                await made.lost.get()
+                for spare in made.pool:
+                    if spare.vigil is not None and spare.channel is not None:
+                        spare.vigil.signal(signal.SIGKILL)

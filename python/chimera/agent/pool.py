@@ -241,6 +241,7 @@ class WorkerPool:
             worker.channel.close()
         if not self._workers:
             self._all_gone.set()
-        self._keep_spare()
+        if worker.channel is not None:  # else it died at birth, and so would its successor, and the next
+            self._keep_spare()
         pid = worker.vigil.pid if worker.vigil is not None else None
         self._on_lost(worker, "the worker's process has exited" + (f" (pid {pid})" if pid is not None else ""))
