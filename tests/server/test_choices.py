@@ -182,3 +182,14 @@ async def test_a_request_may_have_its_own_slo_and_priority(stage: Stage, given: 
     assert (request.slo, request.priority) == (slo, 5)
     await stage.rehearsal.worker.say(request, "x", Outcome.STOP)
     assert (await asking)[0] == 200
+
+
+async def test_choices_that_fail_together_make_one_error(stage: Stage) -> None:
+    stage.rehearsal.hold = True
+    streaming = asyncio.create_task(stage.events("/v1/completions", {"model": "m", "prompt": "a", "n": 2}))
+    first, second = [await stage.rehearsal.next_request() for _ in range(2)]
+    await stage.rehearsal.worker.say(first, "x")
+    for request in (first, second):  # in one breath: both are heard before the handler runs again
+        await stage.rehearsal.worker.fail(request, "worker_lost", "the engine was lost")
+    events = await streaming
+    assert ["error" in json.loads(event) for event in events] == [False, True]

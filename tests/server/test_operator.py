@@ -211,3 +211,9 @@ async def test_the_verbs_of_the_command_line(bench: Bench, capsys: pytest.Captur
     assert json.loads((await chimera("pin", "b", "--off", "--json"))[1]) == {"model": "b", "pin": False}
     status, told = await chimera("load", "bb")
     assert status == 1 and "did you mean 'b'" in told
+
+
+async def test_a_model_is_down_when_all_its_copies_are(bench: Bench) -> None:
+    assert (await bench.ask("POST", "/models/load", {"model": "a", "index": 1, "gpu_ids": [1]}))[0] == 200
+    assert (await bench.ask("POST", "/models/unload", {"model": "a"}))[1]["stopped"] == [0, 1]
+    assert await bench.state() == {}
