@@ -635,6 +635,7 @@ class ControlScheduler:
             if place.state is PlaceState.LEAVING:
                 yield from self._drop(place, event.reason)
                 yield from self._settle(place.replica.model, now)
+                yield from self._refuse_held(place.replica.model, now)
             elif place.state is not PlaceState.FAILED:
                 self._await_agent(place, now)
 
@@ -689,9 +690,8 @@ class ControlScheduler:
                 self._places[seat.replica].seat = seat
         for model in dict.fromkeys(seat.replica.model for seat in change.start):
             yield from self._settle(model, now, decision.reasons)
-        if change.stop:
-            for model in dict.fromkeys(seat.replica.model for seat in change.stop):
-                yield from self._refuse_held(model, now)
+        for model in [model for model, queue in self._held.items() if len(queue)]:
+            yield from self._refuse_held(model, now)  # `static` gives some of them no place
 
     def _unwant(self, replica: ReplicaId, reason: str, now: float) -> Iterator[Action]:
         place = self._places.get(replica)
