@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 FILE    ?= model_configs/cpu_1_gpu_2_model.json
 MODELS  := .models
 
-.PHONY: serve test test-all test-sglang-matrix bench install help clean
+.PHONY: serve test test-all test-sglang-matrix install help clean
 
 help:                ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -27,7 +27,7 @@ test-all: $(READY)   ## the slow tests too: real engines, killed processes
 
 # The oldest, the pinned and the newest SGLang that `engine/sglang/versions.py` allows, over the same other packages.
 RELEASES := 0.5.16 0.5.20 0.5.23
-SMOKE    := tests/engine/test_allocator.py tests/engine/test_sglang.py tests/engine/test_elastic.py
+SMOKE    := tests/engine/allocator_cases.py tests/engine/test_sglang.py tests/engine/test_elastic.py
 
 test-sglang-matrix: $(RELEASES:%=.sglang/%) ## the engine's smoke suite on each supported release of SGLang
 	@for release in $(RELEASES); do echo "test-sglang-matrix: SGLang $$release"; \

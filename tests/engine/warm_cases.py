@@ -1,7 +1,7 @@
 """SGLang's models from shared images: the same tokens as from their files, and no wrong one ever in service.
 
 The engine runs in this very process, so that faults can be planted in it. Imported once, SGLang leaves no process as it
-was: `test_warm.py` runs these in one of their own.
+was: `test_in_process.py` runs these in one of their own.
 """
 
 import json
