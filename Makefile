@@ -45,6 +45,7 @@ $(READY): requirements/$(MACHINE).txt requirements/dev.txt pyproject.toml
 	@echo "set-up: installing the $(MACHINE) packages into .venv (once; 1.7 GB on a CPU)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) $(if $(filter cpu,$(MACHINE)),--no-deps) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/$(MACHINE).txt
+	@$(BIN)/python -c "import torch" || { echo "set-up: pip found no CPU build of torch: make TORCH_INDEX=URL install (install.md, A machine without a GPU)"; exit 1; }
 	@$(PIP) --no-deps -r requirements/dev.txt
 	@$(PIP) --no-deps --no-build-isolation --editable .
 	@touch $@
