@@ -32,6 +32,8 @@ def test_a_front_end_listens_on_the_port_that_is_held_for_it() -> None:
         front.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         front.bind((HERE, number))
         front.listen()
+        with socket.create_connection((HERE, number), timeout=5.0) as client:
+            assert client.getpeername() == front.getsockname()
 
 
 def test_a_port_somebody_listens_on_is_refused() -> None:

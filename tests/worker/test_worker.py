@@ -107,7 +107,11 @@ def test_a_paused_worker_takes_no_step_and_goes_on_when_resumed(stage: Stage, wo
     epoch, _ = worker.become(SLOW)
     worker.channel.send(actions.Pause(replica=ReplicaId("a"), epoch=epoch, reason="another model's turn"))
     worker.submit("r", epoch, payload([1], 3))
-    # The resume is read after the submission, on the same socket: any token before it would have come by then.
+    # It still reads its orders, each answer a look at the post. Between two looks an engine that is not held takes a step.
+    for probe in ("probe-1", "probe-2"):
+        worker.submit(probe, Epoch(1, epoch.counter - 1), payload([1], 1))
+        stage.finished(probe)
+    assert "r" not in stage.answers
     worker.channel.send(actions.Resume(replica=ReplicaId("a"), epoch=epoch, reason="its turn again"))
     (answer,) = stage.finished("r")
     assert len(answer.tokens) == 3

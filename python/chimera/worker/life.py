@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from chimera.core.replica import Epoch, ReplicaId
-from chimera.engine.api import Engine, Leave, Order, Stats, Submission, Withdrawal
+from chimera.engine.api import Engine, Leave, Limit, Order, Stats, Submission, Withdrawal
 from chimera.msg import actions, stream
 from chimera.msg.events import Outcome, RequestFinished
 from chimera.msg.stream import Payload, TokenDelta
@@ -48,6 +48,7 @@ class Life:
         self._lease = lease
         self._open: dict[str, _Open] = {}
         self._paused = False
+        self._kept: list[Order] = []
         self._leave_by_s: float | None = None
         self._told = Stats()
         self._told_s = 0.0
@@ -62,11 +63,18 @@ class Life:
             patience_s = self._patience_s(wait_s)
             self._heartbeat(falling_idle=patience_s is None)
             self._report_lease(falling_idle=patience_s is None)
-            orders = [order for message in self._ties.receive(patience_s) if (order := self._order(message)) is not None]
+            self._kept += [order for message in self._ties.receive(patience_s) if (order := self._order(message)) is not None]
+            orders = self._due_orders()
             if orders or (wait_s is not None and not self._paused and self._leave_by_s is None):
                 return orders
             if self._open and not self._paused:  # draining: the engine still has steps to take
                 return orders
+
+    def _due_orders(self) -> list[Order]:
+        """What the engine may hear of now: with an order it takes a step, so a paused one hears of nothing but its limit."""
+        due = [order for order in self._kept if not self._paused or isinstance(order, Limit)]
+        self._kept = [order for order in self._kept if self._paused and not isinstance(order, Limit)]
+        return due
 
     def deliver(self, deltas: list[TokenDelta]) -> None:
         by_front: dict[str, list[TokenDelta]] = {}

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import zmq
 from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 from sglang.srt.managers import scheduler as scheduler_module
 from sglang.srt.runtime_context import reset_context
@@ -93,8 +94,6 @@ class _Silent:
     """A socket on which nothing ever comes."""
 
     def recv(self, flags: int = 0) -> bytes:
-        import zmq
-
         raise zmq.Again
 
     recv_pyobj = recv
