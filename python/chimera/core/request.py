@@ -22,8 +22,6 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     emitted_tokens: int = 0
     """Tokens already sent to the client before the request was requeued; they are part of the new prompt."""
     tries: int = 0
-    resumable: bool = True
-    """Whether prompt plus emitted tokens may be prefilled again elsewhere (not with grammars or several answers)."""
 
     @property
     def final_tokens(self) -> int:
