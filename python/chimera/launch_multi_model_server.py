@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from chimera.cli import serve
+from chimera.core.snapshot import POLICY_NAMES
 from chimera.errors import ChimeraError
 
 # flag: (takes a value, what has become of it)
@@ -42,8 +43,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag in _GONE:
         if getattr(arguments, _attribute(flag)) not in (None, False):
             print(f"{flag} has no effect: {_GONE[flag][1]}", file=sys.stderr)
-    if arguments.policy is not None:
-        print(f"--policy {arguments.policy} has no effect yet: the placement file's is used", file=sys.stderr)
     try:
         return serve.run(_translated(arguments))
     except ChimeraError as fault:
@@ -62,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--enable-elastic-memory", action="store_true", help="pools share what is free; without it they are reserved"
     )
-    parser.add_argument("--policy", metavar="NAME", help="the placement policy")
+    parser.add_argument("--policy", choices=POLICY_NAMES, help="who decides what runs where")
     parser.add_argument("--log-file", type=Path, metavar="FILE", help="keep the logs, in the folder FILE without its suffix")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
     parser.add_argument("--engine", choices=("sglang", "simulated"), default="sglang")
@@ -91,6 +90,8 @@ def _translated(arguments: argparse.Namespace) -> argparse.Namespace:
         words.append("--static")
     if arguments.virtual_gpus is not None:
         words += ["--virtual-gpus", arguments.virtual_gpus]
+    if arguments.policy is not None:
+        words += ["--policy", arguments.policy]
     if arguments.num_gpus is not None:
         words += ["--num-gpus", str(arguments.num_gpus)]
     if arguments.log_file is not None:

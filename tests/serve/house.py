@@ -161,6 +161,31 @@ def command(*arguments: str) -> list[str]:
 
 
 @contextmanager
+def launched(file: Path, *flags: str) -> Iterator[House]:
+    """A server as Prism's scripts start one; afterwards nothing of it may be left."""
+    with TemporaryDirectory(prefix="chimera-test-") as folder:
+        words = [sys.executable, "-m", "chimera.launch_multi_model_server", "--model-config-file", str(file), *flags]
+        words += ["--engine", "simulated", "--host", "127.0.0.1", "--port", "0", "--log-level", "info"]
+        process = subprocess.Popen(
+            [*words, "--log-file", f"{folder}/server.log"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "TMPDIR": folder},
+        )
+        made = House(process, Path(folder), Path(folder) / "server")
+        try:
+            made.wait_for("ready in .*http")
+            yield made
+        finally:
+            if process.poll() is None:
+                made.stop()
+        until(lambda: not made.processes(), "the end of every process")
+        assert not list(Path(folder).glob("chimera-*")), "the run directory is left"
+
+
+@contextmanager
 def house(file: Path, *arguments: str, ready: bool = True) -> Iterator[House]:
     """A running server; afterwards it is stopped if it was not, and nothing of it may be left."""
     with TemporaryDirectory(prefix="chimera-test-") as folder:

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,24 @@ async def test_a_link_waits_for_its_peer_and_greets_it_after_every_return(tmp_pa
     await link.close()
     assert await peer.next() == hello("last words")
     await peer.go()
+
+
+async def test_a_peer_that_ends_every_connection_at_once_is_not_besieged(tmp_path: Path) -> None:
+    calls: asyncio.Queue[float] = asyncio.Queue()
+
+    def send_away(channel: Channel) -> None:
+        calls.put_nowait(asyncio.get_running_loop().time())
+        channel.close()
+
+    server = await serve(tmp_path / "peer.sock", send_away)
+    link = Link(tmp_path / "peer.sock", on_open=lambda: None, on_message=lambda _: None)
+    link.start()
+    async with asyncio.timeout(5):
+        came = [await calls.get() for _ in range(6)]
+    await link.close()
+    await server.close()
+    pauses = [after - before for before, after in pairwise(came)]
+    assert pauses[-1] > 0.1, pauses
 
 
 async def test_a_vigil_sees_a_killed_process_go() -> None:

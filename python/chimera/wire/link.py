@@ -16,6 +16,7 @@ from chimera.wire.codec import Message
 
 FIRST_RETRY_S = 0.01
 LAST_RETRY_S = 0.2
+"""A peer that is not there is tried so often; one that takes connections and ends them at once, as well."""
 
 _log = logging.getLogger(__name__)
 
@@ -60,8 +61,11 @@ class Link:
             await self._channel.wait_closed()
 
     async def _keep(self) -> None:
+        loop = asyncio.get_running_loop()
+        pause_s = 0.0
         while True:
             channel = await self._connect()
+            opened_s = loop.time()
             self._channel = channel
             self._on_open()
             channel.deliver_to(self._on_message)
@@ -71,6 +75,9 @@ class Link:
                 _log.warning("lost the connection to %s: %s", self._address, channel.fault)
             if self._on_end is not None:
                 self._on_end()
+            lasted = loop.time() - opened_s > LAST_RETRY_S
+            pause_s = 0.0 if lasted else min(max(FIRST_RETRY_S, 2 * pause_s), LAST_RETRY_S)
+            await asyncio.sleep(pause_s)
 
     async def _connect(self) -> Channel:
         retry_s = FIRST_RETRY_S
