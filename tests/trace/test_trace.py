@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import os
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from chimera.trace.reader import read_trace
 from chimera.trace.trace import Row, Trace, names_for
 
 HEADER = "timestamp,model,prompt_tokens,output_tokens\n"
-SHIPPED = Path(__file__).parents[2] / "../shared/traces"
+SHIPPED = Path(os.environ.get("CHIMERA_TRACES", Path(__file__).parents[2] / "../shared/traces"))
 
 
 def written(tmp_path: Path, text: str, *, name: str = "t.csv") -> Path:

@@ -1,4 +1,5 @@
-"""Reads traces: `timestamp,model,prompt_tokens,output_tokens`, or the columns of Azure's public files; gzipped or not.
+"""Reads trace files of every kind, told apart by what is in them; gzipped or not; row by row, so that a file may be longer
+than memory.
 
 Every fault names the file and the line. A trace that is out of order is refused: sorting it would hide that the file is
 not what its reader thinks.
@@ -6,90 +7,76 @@ not what its reader thinks.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import math
 import zlib
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from chimera.errors import ConfigError
+from chimera.trace import mooncake, prism, tables
 from chimera.trace.trace import Row, Trace
 
-COLUMNS = ("timestamp", "model", "prompt_tokens", "output_tokens")
-AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-LONGEST_TOKENS = 10_000_000
-"""No model reads more; a larger figure is a mistake in the file."""
+_GZIP = b"\x1f\x8b"
+_PICKLE = b"\x80"
 
 
-def read_trace(path: str | Path) -> Trace:
+def read_trace(path: str | Path, from_s: float = 0.0, to_s: float = math.inf) -> Trace:
+    """The rows of `from_s` ≤ time < `to_s`, told from zero. Only they are kept in memory, and nothing after them is read."""
+    kept = []
+    for row in rows_of(path):
+        if row.at_s >= to_s:
+            break
+        if row.at_s >= from_s:
+            kept.append(row)
+    trace = Trace(str(path), tuple(kept))
+    return trace.cut(from_s, to_s) if from_s else trace
+
+
+def rows_of(path: str | Path) -> Iterator[Row]:
+    """One row after the other, in order of time."""
     path = Path(path)
+    source = str(path)
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
+        with _opened(path) as raw:
+            if raw.peek(1)[:1] == _PICKLE:
+                yield from prism.rows(source, raw)
+                return
+            text = io.TextIOWrapper(raw, newline="")
+            first = text.readline()
+            yield from _in_order(source, _kind(source, first).rows(source, first, text))
     except OSError as fault:
-        raise ConfigError.single(str(path), f"cannot be read: {fault.strerror or fault}") from None
+        raise ConfigError.single(source, f"cannot be read: {fault.strerror or fault}") from None
     except (EOFError, zlib.error, UnicodeDecodeError) as fault:
-        raise ConfigError.single(str(path), f"is neither text nor gzipped text: {fault}") from None
-    return Trace(str(path), tuple(_rows(str(path), text)))
+        raise ConfigError.single(source, f"is neither text nor gzipped text: {fault}") from None
 
 
-def _rows(source: str, text: str) -> Iterator[Row]:
-    lines = csv.reader(io.StringIO(text))
-    header = tuple(name.strip() for name in next(lines, []))
-    azure = header == AZURE_COLUMNS
-    if not azure and not set(COLUMNS) <= set(header):
-        raise ConfigError.single(
-            source, f"has columns {', '.join(header) or 'none'}; needed are {', '.join(COLUMNS)}", where="line 1"
-        )
-    at, prompt, output = (header.index(name) for name in (AZURE_COLUMNS if azure else (COLUMNS[0], *COLUMNS[2:])))
-    model = None if azure else header.index(COLUMNS[1])
-    stem = Path(source).name.partition(".")[0]
-    before_s, zero_s = -math.inf, None
-    for cells in lines:
-        where = f"line {lines.line_num}"
-        if not cells:
-            continue
-        if len(cells) != len(header):
-            raise ConfigError.single(source, f"has {len(cells)} cells, and the header {len(header)}", where=where)
-        at_s = _moment_s(source, where, cells[at])
-        if azure:
-            zero_s = at_s if zero_s is None else zero_s
-            at_s -= zero_s
-        if at_s < before_s:
-            raise ConfigError.single(source, f"{at_s:g} s comes after {before_s:g} s; a trace is in order of time", where=where)
-        before_s = at_s
-        name = stem if model is None else cells[model].strip()
-        if not name:
-            raise ConfigError.single(source, "names no model", where=where)
-        yield Row(
-            at_s,
-            name,
-            _tokens(source, where, header[prompt], cells[prompt]),
-            _tokens(source, where, header[output], cells[output]),
-        )
+@contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader[Any]]:
+    with path.open("rb") as file:
+        if file.peek(2)[:2] != _GZIP:
+            yield file
+            return
+        with gzip.GzipFile(fileobj=file) as unpacked, io.BufferedReader(unpacked) as readable:
+            yield readable
 
 
-def _moment_s(source: str, where: str, cell: str) -> float:
-    try:
-        at_s = float(cell)
-    except ValueError:
-        try:
-            at_s = datetime.fromisoformat(cell.strip()[:26]).replace(tzinfo=UTC).timestamp()
-        except ValueError:
-            raise ConfigError.single(source, f"{cell!r} is no moment: seconds are wanted", where=where) from None
-    if not math.isfinite(at_s) or at_s < 0:
-        raise ConfigError.single(source, f"{cell} is no moment of a trace", where=where)
-    return at_s
+def _kind(source: str, first: str) -> tables.Table | mooncake.Lines:
+    if first.lstrip().startswith("{"):
+        return mooncake.Lines()
+    if first.lstrip().startswith("["):
+        raise ConfigError.single(source, "is a list of conversations, which have no times: it is a --dataset, not a trace")
+    return tables.table_of(source, first)
 
 
-def _tokens(source: str, where: str, column: str, cell: str) -> int:
-    try:
-        tokens = int(cell)
-    except ValueError:
-        raise ConfigError.single(source, f"{column} is {cell!r}, which is no number of tokens", where=where) from None
-    if not 1 <= tokens <= LONGEST_TOKENS:
-        raise ConfigError.single(source, f"{column} is {tokens}; 1 to {LONGEST_TOKENS} are possible", where=where)
-    return tokens
+def _in_order(source: str, rows: Iterator[tuple[str, Row]]) -> Iterator[Row]:
+    before_s = -math.inf
+    for where, row in rows:
+        if row.at_s < before_s:
+            told = f"{row.at_s:g} s comes after {before_s:g} s; a trace is in order of time"
+            raise ConfigError.single(source, told, where=where)
+        before_s = row.at_s
+        yield row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import msgspec
 
@@ -21,6 +21,8 @@ class Row(msgspec.Struct, frozen=True, array_like=True, gc=False):
     model: str
     prompt_tokens: int
     output_tokens: int
+    blocks: tuple[int, ...] = ()
+    """What the prompt begins with, in blocks of 512 tokens: equal numbers are equal text. Not known from most traces."""
 
 
 class Trace(msgspec.Struct, frozen=True):
@@ -60,6 +62,43 @@ class Trace(msgspec.Struct, frozen=True):
                 rows.append(msgspec.structs.replace(row, at_s=min(last_s, max(0.0, row.at_s + shift_s))))
         rows.sort(key=lambda row: row.at_s)
         return Trace(self.source, tuple(rows))
+
+    def length_scaled(self, scale: float) -> Trace:
+        """Prompts and answers `scale` times as long, at least one token each."""
+        _require_positive(self.source, "length scale", scale)
+        if scale == 1:
+            return self
+        return Trace(
+            self.source,
+            tuple(
+                msgspec.structs.replace(
+                    row,
+                    prompt_tokens=max(1, round(row.prompt_tokens * scale)),
+                    output_tokens=max(1, round(row.output_tokens * scale)),
+                )
+                for row in self.rows
+            ),
+        )
+
+    def clipped(self, contexts: Mapping[str, int]) -> tuple[Trace, int]:
+        """What fits into each model's context, and how many rows were cut.
+
+        The answer is cut first, to half of the context; then the prompt, to what the answer leaves.
+        """
+        rows = []
+        cut = 0
+        for row in self.rows:
+            context = contexts.get(row.model)
+            if context is not None and row.prompt_tokens + row.output_tokens > context:
+                output = min(row.output_tokens, max(1, context // 2))
+                prompt = max(1, min(row.prompt_tokens, context - output))
+                row = msgspec.structs.replace(row, prompt_tokens=prompt, output_tokens=output)
+                cut += 1
+            rows.append(row)
+        return Trace(self.source, tuple(rows)), cut
+
+    def only(self, models: Collection[str]) -> Trace:
+        return Trace(self.source, tuple(row for row in self.rows if row.model in models))
 
     def renamed(self, names: Mapping[str, str]) -> Trace:
         return Trace(self.source, tuple(msgspec.structs.replace(row, model=names[row.model]) for row in self.rows))
