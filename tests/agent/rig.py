@@ -199,6 +199,21 @@ class System:
         )
         await self.agent.start()
 
+    async def kill_agent(self) -> None:
+        """Its connections end, nobody is told anything, and what it remembers is gone."""
+        dead = self.agent
+        dead._pool._stopping = True
+        await dead._control.close()
+        await dead._pool._parent.close()
+        assert dead._pool._server is not None
+        await dead._pool._server.close()
+        for worker in dead._pool:
+            if worker.vigil is not None:
+                worker.vigil.close()
+        for timer in (dead._timer, dead._memory_timer, dead._ledger_timer):
+            if timer is not None:
+                timer.cancel()
+
     async def until(self, kind: type[Message] | type[events.Event], count: int = 1) -> list[Message]:
         """The next `count` pieces of news of this kind."""
         found: list[Message] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chimera.agent import pool
+from chimera.core.lease import LeaseClass
 from chimera.core.replica import ReplicaState
 from chimera.engine.simulated import token_after
 from chimera.msg import actions, events, stream
@@ -18,8 +21,10 @@ from chimera.msg.actions import RejectCode
 from chimera.msg.events import Outcome
 from chimera.sched.control import ControlInput
 from chimera.wire.channel import connect
+from chimera.wire.vigil import Vigil
+from chimera.worker import ties
 
-from tests.agent.rig import Answer, Front, alive, enqueue, kill, model, on_gpu, parent, system
+from tests.agent.rig import Answer, Front, System, alive, enqueue, kill, model, on_gpu, parent, system
 
 PATIENCE_S = 10.0
 
@@ -177,24 +182,116 @@ async def test_a_cancel_that_comes_before_the_agent_does_reaches_it(parent_socke
         assert (await end_of(front.ask("new", of="a"))).outcome is Outcome.LENGTH
 
 
-async def test_the_agent_dies_and_its_workers_leave_and_its_requests_come_back(parent_socket: Path) -> None:
-    async with system(parent_socket, [model("a", step_s=0.002)]) as (made, front):
-        streaming = front.ask("streaming", of="a", tokens=100_000)
+@pytest.mark.parametrize("elastic", [False, True])
+async def test_the_agent_dies_and_the_next_one_goes_on_with_its_workers(parent_socket: Path, elastic: bool) -> None:
+    models = [model("a", step_s=0.002, max_running=1), model("b", step_s=0.002)]
+    async with system(parent_socket, models, elastic=elastic) as (made, front):
+        streaming = front.ask("streaming", of="a", tokens=400)
+        waiting = front.ask("waiting", of="a", tokens=3)
+        ending = front.ask("ending", of="b", tokens=20)
         await begin_of(streaming)
-        old_pids = made.workers()
-        await made.agent._control.close()  # as when it is killed: its connections end, nobody is told anything
-        assert made.agent._pool._server is not None
-        made.agent._pool._stopping = True
-        await made.agent._pool._parent.close()
-        await made.agent._pool._server.close()
-        await end_of(streaming)
-        assert isinstance(streaming.verdict, actions.Requeue)
-        deadline_s = time.monotonic() + 1.0
-        while any(alive(pid) for pid in old_pids):
-            assert time.monotonic() < deadline_s, "a worker outlives its agent"
-            await asyncio.sleep(0.01)
+        await begin_of(ending)
+        await front.snapshot()
+        pids = made.workers()
+        await made.kill_agent()
+        assert (await end_of(ending)).outcome is Outcome.LENGTH, "it ends without an agent"
+        held = front.ask("held", of="b", tokens=3)
         await made.start_agent()
-        assert (await end_of(front.ask("again", of="a", tries=1))).outcome is Outcome.LENGTH
+        assert isinstance((await end_of(waiting)).verdict, actions.Requeue), "what had not begun is brought again"
+        assert (await end_of(held)).outcome is Outcome.LENGTH
+        again = front.ask("again", of="a", tokens=3, tries=1)
+        assert (await end_of(streaming)).outcome is Outcome.LENGTH
+        assert len(streaming.token_ids) == 400
+        assert (await end_of(again)).outcome is Outcome.LENGTH, "the credit came back"
+        assert made.workers() == pids, "no worker was started for what lives"
+        await settled(made.control._payloads, made.agent._held)
+        if elastic:
+            check_ledgers(made)
+
+
+def check_ledgers(made: System) -> None:
+    """The book holds what an agent from the start would have in it."""
+    assert made.agent.memory is not None
+    for ledger in made.agent.memory.ledger:
+        ledger.check()
+        assert not ledger.learning
+        classes = ledger.view(time.monotonic()).by_class()
+        assert classes[LeaseClass.WEIGHTS] == 2 and classes[LeaseClass.KV] > 0, classes
+
+
+async def test_a_request_is_cancelled_under_the_next_agent(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002, max_running=1)]) as (made, front):
+        for index, late in enumerate((False, True)):
+            await begin_of(front.ask(f"old{index}", of="a", tokens=1_000_000))
+            await front.snapshot()
+            await made.kill_agent()
+            if not late:
+                front.send(stream.Cancel(request_id=f"old{index}"))
+            await made.start_agent()
+            if late:
+                await made.until(events.ReplicaReady)
+                front.send(stream.Cancel(request_id=f"old{index}"))
+            assert (await end_of(front.ask(f"new{index}", of="a"))).outcome is Outcome.LENGTH
+        await settled(made.agent._held)
+
+
+async def test_a_worker_that_becomes_a_model_when_its_agent_dies_is_replaced(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", load_s=0.5)]) as (made, front):
+        while not made.workers():  # noqa: ASYNC110 - a fork tells nobody here
+            await asyncio.sleep(0)
+        (half_way,) = made.workers()
+        answer = front.ask("r", of="a")
+        await front.snapshot()
+        await made.kill_agent()
+        await made.start_agent()
+        assert (await end_of(answer)).outcome is Outcome.LENGTH
+        assert half_way not in made.workers()
+        assert not alive(half_way)
+
+
+async def test_a_worker_that_is_silent_after_its_agents_death_is_replaced(
+    parent_socket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "SPEAK_WITHIN_S", 0.3)
+    async with system(parent_socket, [model("a", step_s=0.002)]) as (made, front):
+        await made.until(events.ReplicaReady)
+        (stuck,) = made.workers()
+        os.kill(stuck, signal.SIGSTOP)
+        await made.kill_agent()
+        await made.start_agent()
+        assert (await end_of(front.ask("r", of="a"))).outcome is Outcome.LENGTH
+        assert stuck not in made.workers()
+
+
+@pytest.mark.slow
+async def test_a_worker_leaves_when_no_agent_comes(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a")]) as (made, _):
+        await made.until(events.ReplicaReady)
+        (worker,) = made.workers()
+        await made.kill_agent()
+        vigil_over = asyncio.Event()
+        Vigil(worker, vigil_over.set)
+        await asyncio.wait_for(vigil_over.wait(), ties.AGENT_AWAITED_S + 2)
+        await made.start_agent()
+
+
+async def test_a_dead_front_ends_request_ends_though_nobody_is_there_to_say_so(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a", step_s=0.002, max_running=1)]) as (made, front):
+        stand_in = subprocess.Popen([sys.executable, "-S", "-c", "import signal; signal.pause()"])  # noqa: ASYNC220
+        dying = Front(made.run_dir, "front-1")
+        await dying.start(stand_in.pid)
+        await begin_of(dying.ask("running", of="a", tokens=1_000_000))
+        await made.agent._control.close()
+        await made.control.stop()
+        await dying.stop()
+        kill(stand_in.pid)
+        stand_in.wait()
+        await settled(made.agent._held)
+        await made.start_control()
+        made.agent._control.start()
+        await made.until(events.ReplicaReady)
+        await front.meet_control()
+        assert (await end_of(front.ask("mine", of="a"))).outcome is Outcome.LENGTH
 
 
 async def test_a_front_end_dies_and_its_requests_are_called_off(parent_socket: Path) -> None:

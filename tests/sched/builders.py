@@ -61,8 +61,22 @@ def activate(name: str, *gpu_ids: int, index: int = 0) -> Activate:
     return Activate(model=model(name), seat=seat(name, *gpu_ids, index=index), reason="wanted")
 
 
-def joined(agent: str = "local", *, start: int = 100, gpus: Sequence[int] = (0,), pages: int = 8) -> AgentJoined:
-    return AgentJoined(agent=agent, agent_start=start, gpus=tuple(gpu(gpu_id, pages=pages) for gpu_id in gpus))
+def joined(
+    agent: str = "local",
+    *,
+    start: int = 100,
+    gpus: Sequence[int] = (0,),
+    pages: int = 8,
+    earlier: Sequence[int] = (),
+    requests: Sequence[str] = (),
+) -> AgentJoined:
+    return AgentJoined(
+        agent=agent,
+        agent_start=start,
+        gpus=tuple(gpu(gpu_id, pages=pages) for gpu_id in gpus),
+        earlier=tuple(earlier),
+        requests=tuple(requests),
+    )
 
 
 def costs(**changed: Any) -> CostTable:

@@ -311,10 +311,33 @@ def test_requests_that_wait_before_a_quarantined_replica_go_to_another_if_there_
 
 def test_a_lost_agents_requests_go_back_and_wait_for_it(serving: Watched) -> None:
     serving.on(arrived("x"))
-    assert words(serving.on(AgentLost(agent="local", reason="killed"), now=5.0)) == ["Requeue x"]
-    assert serving.on(arrived("x.1", tries=1), now=5.0) == []
-    assert words(serving.on(joined(start=200), now=6.0)) == ["Activate a/0"]
-    assert words(serving.on(ready("a", Epoch(200, 1)), now=7.0)) == ["Route x.1 a/0"]
+    assert serving.on(AgentLost(agent="local", reason="killed"), now=5.0) == []
+    assert serving.on(arrived("y"), now=5.0) == []
+    assert words(serving.on(joined(start=200), now=6.0)) == ["Requeue x", "Activate a/0"]
+    assert serving.on(arrived("x.1", tries=1), now=6.0) == []
+    assert words(serving.on(ready("a", Epoch(200, 1)), now=7.0)) == ["Route y a/0", "Route x.1 a/0"]
+
+
+def test_requests_that_outlive_their_agent_stay_with_the_next_one(serving: Watched) -> None:
+    serving.on(arrived("x"))
+    serving.on(arrived("y"))
+    serving.on(AgentLost(agent="local", reason="killed"), now=5.0)
+    returned = joined(start=200, earlier=[100], requests=["x"])
+    assert words(serving.on(returned, now=6.0)) == ["Requeue y", "Activate a/0"]
+    assert serving.on(ready("a", E1), now=6.0) == [], "the replica lived on, in the same life"
+    abort = only(Abort, serving.on(RequestCancelled(request_id="x"), now=7.0))
+    assert (abort.epoch, serving.scheduler.agent_of(abort)) == (E1, "local")
+    assert words(serving.on(arrived("z"), now=8.0)) == ["Route z a/0"]
+    assert serving.on(finished("z", "a", E1), now=9.0) == []
+    assert words(serving.on(worker_lost("a", E1), now=9.0)) == ["Activate a/0"]
+
+
+def test_requests_wait_for_a_lost_agent_only_so_long(serving: Watched) -> None:
+    serving.on(arrived("x"))
+    serving.on(AgentLost(agent="local", reason="killed"), now=5.0)
+    now, actions = serving.wake()
+    assert (now, words(actions)) == (8.0, ["Requeue x"])
+    assert words(serving.on(joined(start=200, earlier=[100], requests=["x"]), now=9.0)) == ["Abort x", "Activate a/0"]
 
 
 def test_nobody_waits_for_an_agent_longer_than_its_term(serving: Watched) -> None:
@@ -338,8 +361,9 @@ def test_an_agent_that_comes_back_as_a_new_process_was_lost_in_between(serving: 
 
 def test_an_agent_that_only_lost_its_connection_drops_what_was_sent_elsewhere_meanwhile(serving: Watched) -> None:
     serving.on(arrived("x"))
-    serving.on(AgentLost(agent="local", reason="connection lost"))
-    assert words(serving.on(joined())) == ["Abort x", "Activate a/0"]
+    serving.on(AgentLost(agent="local", reason="connection lost"), now=5.0)
+    assert words(serving.wake()[1]) == ["Requeue x"]
+    assert words(serving.on(joined(requests=["x"]), now=9.0)) == ["Abort x", "Activate a/0"]
     serving.on(arrived("x.1", tries=1))
     assert words(serving.on(ready("a", E1))) == ["Route x.1 a/0"], "the replica lived on, in the same life"
 
@@ -408,7 +432,7 @@ def test_waking_too_early_only_sets_the_timer_again(serving: Watched) -> None:
     serving.on(AgentLost(agent="local", reason="killed"), now=5.0)
     serving.wake_s = None
     assert serving.on(Woke(), now=6.0) == []
-    assert serving.wake_s == 35.0
+    assert serving.wake_s == 8.0
 
 
 def test_the_snapshot_says_what_runs_and_what_waits(serving: Watched) -> None:

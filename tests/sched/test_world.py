@@ -147,14 +147,16 @@ class Mishaps(RuleBasedStateMachine):
         away = [agent for agent in self.world.agents.values() if not agent.connected]
         data.draw(st.sampled_from(away)).connect()
 
-    @rule(data=st.data(), what=st.sampled_from(["link breaks", "link breaks", "agent dies", "agent dies", "control dies"]))
+    @rule(data=st.data(), what=st.sampled_from(["link breaks", "agent dies", "agent dies alone", "control dies"]))
     def something_breaks(self, data: st.DataObject, what: str) -> None:
         agent = data.draw(st.sampled_from(list(self.world.agents.values())))
         match what:
             case "control dies":
                 self.world.restart_control()
             case "agent dies":
-                self.world.restart_agent(agent)
+                self.world.restart_agent(agent, outlived=False)
+            case "agent dies alone":
+                self.world.restart_agent(agent, outlived=True)
             case _ if agent.connected:
                 self.world.cut(agent)
 

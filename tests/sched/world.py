@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable
 
-from chimera.core.placement import Placement
+import msgspec
+from chimera.core.placement import Placement, Seat
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
 from chimera.msg.actions import Abort, Action, Activate, Admit, Deactivate, Reject, Requeue, Route, WakeAt
@@ -19,6 +20,7 @@ from chimera.msg.events import (
     Event,
     ModelRegistered,
     Outcome,
+    ReplicaFound,
     ReplicaStopped,
     RequestArrived,
     RequestCancelled,
@@ -42,8 +44,9 @@ FRONT_TRIES = 3
 class Worker:
     """One life of one replica."""
 
-    def __init__(self, replica: ReplicaId, epoch: Epoch) -> None:
-        self.replica = replica
+    def __init__(self, seat: Seat, epoch: Epoch) -> None:
+        self.seat = seat
+        self.replica = seat.replica
         self.epoch = epoch
         self.loaded = False
         self.leaving = False
@@ -64,23 +67,41 @@ class AgentSide:
         self.told: list[Event] = []
         """All that workers of this process ever said."""
         self.connected = False
-        self.begin()
+        self.workers: dict[ReplicaId, Worker] = {}
+        self.newest: dict[ReplicaId, Epoch] = {}
+        self.begin(outlived=False)
 
-    def begin(self) -> None:
-        """A new process: its workers have left with the old one."""
+    def begin(self, *, outlived: bool) -> None:
+        """A new process. Workers that can say what they are may have outlived the old one; the others have left with it."""
+        survivors = [worker for worker in self.workers.values() if worker.loaded] if outlived else []
         self.start = self.world.next_start()
         self.node = NodeScheduler(self.name, self.start, self.gpu_ids, local=self.world.local, costs=self.world.costs)
         self.wake_s: float | None = None
         self.recorder = Recorder(self.node)
         self.log = [self.recorder.opening()]
-        self.workers: dict[ReplicaId, Worker] = {}
-        self.newest: dict[ReplicaId, Epoch] = {}
+        self.workers = {worker.replica: worker for worker in survivors}
+        self.earlier = {worker.epoch.agent_start for worker in survivors}
         self.heard.clear()
         self.told.clear()
+        for worker in survivors:
+            self.on(self._found(worker))
+
+    def _found(self, worker: Worker) -> ReplicaFound:
+        name = worker.replica.model
+        return ReplicaFound(
+            model=self.world.models[name],
+            seat=worker.seat,
+            ready=ready(name, worker.epoch, index=worker.replica.index, credits=CREDITS),
+            running=tuple(request(request_id, name) for request_id in worker.running),
+            leaving=worker.leaving,
+        )
 
     def connect(self) -> None:
         self.connected = True
-        self.up.append(joined(self.name, start=self.start, gpus=self.gpu_ids, pages=self.world.pages))
+        tenants = list(self.node.tenants())
+        requests = [i for t in tenants for i in (*(r.request_id for r in t.queue), *t.running)]
+        here = joined(self.name, start=self.start, gpus=self.gpu_ids, pages=self.world.pages)
+        self.up.append(msgspec.structs.replace(here, earlier=tuple(self.earlier), requests=tuple(requests)))
         self.up.extend(self.node.living())
 
     def tell_up(self, message: Event | Action) -> None:
@@ -108,7 +129,7 @@ class AgentSide:
                 self.newest[seat.replica] = epoch
                 self.world.minted.add(epoch)
                 assert seat.replica not in self.workers, "two workers for one replica"
-                self.workers[seat.replica] = Worker(seat.replica, epoch)
+                self.workers[seat.replica] = Worker(seat, epoch)
             case Admit(request_id=request_id, replica=replica, epoch=epoch):
                 worker = self.workers.get(replica)
                 if worker is not None:  # else the news of its death is on the way
@@ -292,11 +313,14 @@ class World:
         agent.up.clear()
         agent.down.clear()
 
-    def restart_agent(self, agent: AgentSide) -> None:
+    def restart_agent(self, agent: AgentSide, *, outlived: bool) -> None:
         self.ghosts += [m for m in (*agent.up, *agent.heard) if isinstance(m, Event) and hasattr(m, "epoch")]
         if agent.connected:
             self.cut(agent)
-        agent.begin()
+        agent.begin(outlived=outlived)
+        # What an earlier process has said comes late, but not after what the next one says of the same lives.
+        going_on = {start for side in self.agents.values() for start in side.earlier}
+        self.ghosts = [m for m in self.ghosts if m.epoch.agent_start not in going_on]
 
     def pass_time(self, seconds: float) -> None:
         self.now += seconds

@@ -108,14 +108,17 @@ class TestAKilledProcess:
         assert set(served.workers()) == workers, "no worker was started for what lives"
         assert any("control died" in line for line in served.said)
 
-    def test_the_agent_takes_its_workers_along_and_requests_are_answered_all_the_same(self, served: House) -> None:
+    def test_the_agent_is_replaced_and_its_workers_go_on(self, served: House) -> None:
         stream = served.stream("a", 400).begun()
         workers = set(served.workers())
-        os.kill(served.of("chimera.agent"), signal.SIGKILL)
-        until(lambda: not workers & set(served.workers()), "the old workers' leaving", 1.0)
+        victim = served.of("chimera.agent")
+        os.kill(victim, signal.SIGKILL)
+        until(lambda: set(served.processes("chimera.agent")) - {victim}, "a new agent")
         status, answer = served.complete("b")
         assert (status, answer["usage"]["completion_tokens"]) == (200, 3)
-        assert stream.whole or stream.error is not None
+        assert stream.whole
+        assert len(stream.events) >= 400
+        assert set(served.workers()) == workers, "no worker was started for what lives"
 
     def test_a_front_end_is_replaced_and_its_requests_are_called_off(self, served: House) -> None:
         stream = served.stream("a", 3000).begun()
@@ -157,11 +160,18 @@ def _running(served: House) -> int:
 
 
 @pytest.mark.slow
-def test_a_killed_supervisor_takes_everyone_along(file: Path) -> None:
+def test_a_killed_supervisor_takes_everyone_along_and_its_streams_do_not_look_whole(file: Path) -> None:
     with house(file) as served:
+        streams = [served.stream(model, 3000).begun() for model in ("a", "b")]
+        killed_s = time.monotonic()
         served.process.kill()
         served.process.wait()
+        for stream in streams:
+            assert not stream.whole
+            assert stream.ended_s - killed_s < 2.0
         until(lambda: not served.processes(), "the end of every process", 5.0)
+        outcomes = (served.log_dir / "agent-local.decisions.jsonl").read_text().count('"outcome":"cancelled"')
+        assert outcomes == 2, "the orphans' ends are recorded"
 
 
 @pytest.mark.slow

@@ -19,11 +19,13 @@ from pathlib import Path
 import msgspec
 
 from chimera.agent.memory import NodeMemory
-from chimera.agent.pool import Worker, WorkerPool
+from chimera.agent.pool import SPEAK_WITHIN_S, Worker, WorkerPool
+from chimera.agent.roster import Roster
 from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.errors import ProtocolError
+from chimera.ledger.book import Survivors
 from chimera.msg import actions, events, stream
 from chimera.msg.actions import Action
 from chimera.msg.events import Event
@@ -74,6 +76,16 @@ class Agent:
         self._decisions = decisions
         if decisions is not None:
             decisions(self._recorder.opening())
+        self._pool = WorkerPool(
+            prefix=f"{name}.{agent_start % 10**9:x}",
+            socket=run_dir / f"agent-{name}.sock",
+            parent_socket=run_dir / "parent.sock",
+            on_message=self._worker_says,
+            on_lost=self._worker_lost,
+            on_complete=self._meet_control,
+            roster=Roster(run_dir / f"agent-{name}.workers"),
+            spare=spare_workers,
+        )
         self.memory: NodeMemory | None = None
         """Empty where KV pools are of fixed size."""
         if elastic:
@@ -84,6 +96,7 @@ class Agent:
                 start=self._start_replica,
                 fail=self._fail_replica,
                 stop=self._stop_worker,
+                survivors=self._survivors(time.monotonic() + SPEAK_WITHIN_S),
             )
         self._memory_timer: asyncio.TimerHandle | None = None
         self._ledger_timer: asyncio.TimerHandle | None = None
@@ -94,14 +107,10 @@ class Agent:
         self._prepare_at_once = prepare_at_once
         self._prepare_timer: asyncio.TimerHandle | None = None
         self._stopping = False
-        self._pool = WorkerPool(
-            prefix=f"{name}.{agent_start % 10**9:x}",
-            socket=run_dir / f"agent-{name}.sock",
-            parent_socket=run_dir / "parent.sock",
-            on_message=self._worker_says,
-            on_lost=self._worker_lost,
-            spare=spare_workers,
-        )
+        self._earlier: set[int] = set()
+        """Starts of the agents before this one, whose workers go on here."""
+        self._ended_meanwhile: list[events.RequestFinished] = []
+        """Before control was met."""
         self._control = Link(run_dir / "control.sock", on_open=self._greet_control, on_message=self._control_says)
 
     @property
@@ -111,6 +120,9 @@ class Agent:
 
     async def start(self) -> None:
         await self._pool.start()
+
+    def _meet_control(self) -> None:
+        """Once it is known here what lives: a control that knew less would start it again."""
         self._control.start()
         if self._to_prepare:
             self._prepare_timer = asyncio.get_running_loop().call_later(PREPARE_AFTER_S, self._prepare_next)
@@ -129,9 +141,13 @@ class Agent:
     def _greet_control(self) -> None:
         """A control that is new here, or was away, learns what there is."""
         self._control.send(stream.Hello(role="agent", name=self.name, pid=os.getpid()))
-        self._control.send(self._joined)
+        ended, self._ended_meanwhile = self._ended_meanwhile, []
+        requests = (*self._held, *(event.request_id for event in ended))
+        self._control.send(msgspec.structs.replace(self._joined, earlier=tuple(self._earlier), requests=requests))
         for ready in self.scheduler.living():
             self._control.send(ready)
+        for event in ended:
+            self._control.send(event)
         self._tell_ledgers()
 
     def _control_says(self, message: Message) -> None:
@@ -154,10 +170,19 @@ class Agent:
 
     def _worker_says(self, worker: Worker, message: Message) -> None:
         match message:
+            case stream.Standing():
+                self._take_over(worker, message)
+            case events.PagesHeld():
+                if self.memory is not None and worker.activation is not None:
+                    self.memory.take_over(worker.activation, message, time.monotonic())
+                    self._set_memory_timer()
             case events.RequestFinished(request_id=request_id):
                 self._forget_admitted(request_id)
                 self._report(message)
+                if not self._control.up:
+                    self._ended_meanwhile.append(message)
             case events.ReplicaReady():
+                self._pool.settle(worker)
                 log.info("ready replica=%s worker=%s load_s=%.3f", message.replica, worker.name, message.load_s)
                 self._report(message)
                 self._prepare_next()
@@ -185,6 +210,38 @@ class Agent:
         self._report(lost)
         self._hear_of_memory(lost)
         self._prepare_next()
+
+    def _take_over(self, worker: Worker, standing: stream.Standing) -> None:
+        """A worker has outlived the agent before this one."""
+        activation, ready = standing.activation, standing.ready
+        if activation is None or ready is None:
+            self._pool.found(worker, None)
+            return
+        log.info("found replica=%s worker=%s running=%d", ready.replica, worker.name, len(standing.running))
+        self._earlier.add(ready.epoch.agent_start)
+        for request in standing.running:
+            reason = "an earlier agent gave it to the worker"
+            route = actions.Route(request=request, replica=ready.replica, agent=self.name, reason=reason)
+            self._held[request.request_id] = _Held(route, None)
+        worker.activation = activation
+        self._decide(
+            events.ReplicaFound(
+                model=activation.model,
+                seat=activation.seat,
+                ready=ready,
+                running=standing.running,
+                leaving=standing.leaving,
+            )
+        )
+        self._pool.found(worker, activation)
+
+    def _survivors(self, until_s: float) -> dict[int, Survivors]:
+        """By GPU, whose leases are not known yet."""
+        by_gpu: dict[int, set[str]] = {}
+        for entry in self._pool.survivors:
+            for gpu_id in entry.gpu_ids:
+                by_gpu.setdefault(gpu_id, set()).add(entry.name)
+        return {gpu_id: Survivors(until_s=until_s, workers=frozenset(names)) for gpu_id, names in by_gpu.items()}
 
     def _prepare_next(self) -> None:
         """A few at a time, and while nobody waits for a model that is being brought up."""
@@ -285,7 +342,11 @@ class Agent:
         held = self._held.get(admitted.request_id)
         assert held is not None and held.payload is not None, f"{admitted.request_id} was admitted without its payload"
         submission = stream.Submit(
-            request_id=admitted.request_id, epoch=admitted.epoch, front=held.route.request.front, payload=held.payload
+            request_id=admitted.request_id,
+            epoch=admitted.epoch,
+            front=held.route.request.front,
+            payload=held.payload,
+            request=held.route.request,
         )
         held.payload = None
         self._tell(admitted.replica, admitted.epoch, submission)

@@ -8,7 +8,7 @@ not before. Knows no socket: orders and activations that may go ahead are handed
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,10 +17,18 @@ import msgspec
 from chimera.core.gpu import Gpu
 from chimera.core.lease import LeaseClass
 from chimera.core.ledger_view import LedgerView
-from chimera.ledger.book import GpuLedger, Life, Order
+from chimera.ledger.book import GpuLedger, Life, Order, Survivors
 from chimera.ledger.node import NodeLedger
 from chimera.msg.actions import Activate, FirstLease
-from chimera.msg.events import ActivationFailed, Event, PagesReturned, PagesWanted, ReplicaStopped, WorkerLost
+from chimera.msg.events import (
+    ActivationFailed,
+    Event,
+    PagesHeld,
+    PagesReturned,
+    PagesWanted,
+    ReplicaStopped,
+    WorkerLost,
+)
 from chimera.sched.shares import Claim, divide, is_unfair
 from chimera.units import MIB, ceil_div, format_bytes
 
@@ -62,8 +70,11 @@ class NodeMemory:
         start: Callable[[Activate], None],
         fail: Callable[[ActivationFailed], None],
         stop: Callable[[str], None],
+        survivors: Mapping[int, Survivors] | None = None,
     ) -> None:
-        self.ledger = NodeLedger(GpuLedger(gpu, agent_start=agent_start) for gpu in gpus)
+        """`survivors`, by GPU, are workers of an earlier agent that have yet to say what they hold."""
+        survivors = survivors or {}
+        self.ledger = NodeLedger(GpuLedger(gpu, agent_start=agent_start, survivors=survivors.get(gpu.gpu_id)) for gpu in gpus)
         self._send = send
         self._start = start
         self._fail = fail
@@ -80,7 +91,7 @@ class NodeMemory:
         gpu = self.ledger[seat.gpu_ids[0]].gpu
         weights = ceil_div(activation.model.weight_bytes, gpu.page_bytes)
         ceiling = gpu.pages if seat.kv_limit_bytes is None else max(1, seat.kv_limit_bytes // gpu.page_bytes)
-        least = min(ceiling, max(1, min(_LEAST_BYTES, gpu.capacity_bytes // 16) // gpu.page_bytes))
+        least = _least(gpu, ceiling)
         claims = [t.claim.least for t in self._tenancies.values() if t.gpu_id == gpu.gpu_id]
         short = weights + least + sum(claims) - self._elastic_pages(gpu.gpu_id)
         if short > 0:
@@ -101,6 +112,19 @@ class NodeMemory:
             waiting=activation,
         )
         self._divide(gpu.gpu_id, now, f"{life[0]} comes up")
+
+    def take_over(self, activation: Activate, held: PagesHeld, now: float) -> None:
+        """A replica goes on that an earlier agent has started."""
+        assert activation.epoch is not None and activation.lease is not None
+        gpu, ceiling = self.ledger[held.gpu_id].gpu, activation.lease.ceiling
+        self._tenancies[activation.seat.replica, activation.epoch] = _Tenancy(
+            worker=held.worker,
+            gpu_id=held.gpu_id,
+            weight_pages=ceil_div(activation.model.weight_bytes, gpu.page_bytes),
+            claim=Claim(level=held.level, least=_least(gpu, ceiling), ceiling=ceiling),
+            waiting=None,
+        )
+        self.hear(held, now)
 
     def waits(self, life: Life) -> bool:
         """Whether the replica has not been told to come up yet."""
@@ -217,3 +241,8 @@ class NodeMemory:
             if tenancy is None or tenancy.waiting is not None:
                 continue  # the level it begins with goes with its activation
             self._send(order)
+
+
+def _least(gpu: Gpu, ceiling: int) -> int:
+    """Pages without which no replica is brought up."""
+    return min(ceiling, max(1, min(_LEAST_BYTES, gpu.capacity_bytes // 16) // gpu.page_bytes))

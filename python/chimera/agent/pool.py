@@ -1,5 +1,5 @@
 """The node's worker processes: forked from the preloaded parent when one is needed, used again when they are EMPTY, and
-watched until the kernel confirms that they are gone.
+watched until the kernel confirms that they are gone. Those that have outlived an earlier agent are found again.
 
 Knows processes and connections. Which model goes where is the scheduler's; a worker here only remembers what it was told
 to be.
@@ -14,6 +14,7 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from chimera.agent.roster import Entry, Roster, born
 from chimera.core.replica import Epoch, ReplicaId, WorkerState
 from chimera.msg.actions import Activate
 from chimera.msg.stream import Fork, Forked, Hello, Prepare, Stop
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 KILL_AFTER_S = 2.0
 """How long a worker that was told to leave, and has nothing left to drain, may take to be gone."""
+
+SPEAK_WITHIN_S = 3.0
+"""How long a worker that has outlived its agent may take to find this one: its step may be long, but not so long."""
 
 
 class Worker:
@@ -43,6 +47,11 @@ class Worker:
         """Empty until it has greeted."""
         self.vigil: Vigil | None = None
         """Empty until its process id is known."""
+        self.born = 0
+        self.settled = False
+        """It is EMPTY, or all it was told to be."""
+        self.missed = False
+        """It has outlived the agent before this one, and has not spoken yet."""
 
     @property
     def replica(self) -> ReplicaId | None:
@@ -59,7 +68,7 @@ class Worker:
     @property
     def free(self) -> bool:
         """EMPTY, promised to nobody, and without a chore."""
-        return self.activation is None and self.chore is None
+        return self.activation is None and self.chore is None and not self.missed
 
     def start(self) -> None:
         """Become what was promised, now or when it has greeted."""
@@ -86,13 +95,22 @@ class WorkerPool:
         parent_socket: Path,
         on_message: Callable[[Worker, Message], None],
         on_lost: Callable[[Worker, str], None],
+        on_complete: Callable[[], None] = lambda: None,
+        roster: Roster | None = None,
         spare: int = 0,
     ) -> None:
+        """`on_complete` comes once: when all who have outlived an earlier agent have spoken, or are gone."""
         self._prefix = prefix
         self._spare = spare
         self._socket = socket
         self._on_message = on_message
         self._on_lost = on_lost
+        self._on_complete = on_complete
+        self._roster = roster
+        self.survivors: list[Entry] = [] if roster is None else roster.living()
+        """Who was here before this agent."""
+        self._missing: set[str] = set()
+        self._search: asyncio.TimerHandle | None = None
         self._forked = 0
         self._workers: dict[str, Worker] = {}
         self._server: Server | None = None
@@ -104,9 +122,11 @@ class WorkerPool:
         return iter(self._workers.values())
 
     async def start(self) -> None:
+        self._expect_survivors()
         self._server = await serve(self._socket, self._greet)
         self._parent.start()
-        self._keep_spare()
+        if not self._missing:
+            self._complete()
 
     def employ(self, activation: Activate) -> Worker:
         """Have a worker become `activation`: one that is EMPTY, else a new one as soon as it is there."""
@@ -117,15 +137,17 @@ class WorkerPool:
     def promise(self, activation: Activate) -> Worker:
         """The worker that shall become `activation` when it is told to `start`."""
         worker = self._free_worker()
-        worker.activation, worker.started = activation, False
+        worker.activation, worker.started, worker.settled = activation, False, False
         self._keep_spare()
+        self._note()
         return worker
 
     def prepare(self, chore: Prepare) -> None:
         """Have a worker do it that is EMPTY, and stays so."""
         worker = self._free_worker()
-        worker.chore = chore
+        worker.chore, worker.settled = chore, False
         worker.send(chore)
+        self._note()
 
     def holder(self, replica: ReplicaId, epoch: Epoch | None) -> Worker | None:
         """The worker of this life of the replica."""
@@ -134,10 +156,24 @@ class WorkerPool:
     def vacate(self, worker: Worker) -> None:
         """Its replica has left; the process may become another."""
         worker.activation, worker.started, worker.chore = None, False, None
+        self.settle(worker)
+
+    def settle(self, worker: Worker) -> None:
+        """It is all that it was told to be: should this agent die, it can tell the next one."""
+        worker.settled = True
+        self._note()
+
+    def found(self, worker: Worker, activation: Activate | None) -> None:
+        """It has told what it is."""
+        worker.activation, worker.started, worker.missed = activation, True, False
+        self.settle(worker)
+        self._miss_no_more(worker)
 
     async def stop(self, drain_s: float) -> None:
         """Let every worker drain and leave; what has not left in time is killed. Nothing is left when this returns."""
         self._stopping = True
+        if self._search is not None:
+            self._search.cancel()
         await self._parent.close()
         for worker in list(self._workers.values()):
             if worker.vigil is None:  # its fork is not confirmed: when it greets, it finds nobody and leaves
@@ -153,6 +189,8 @@ class WorkerPool:
             await self._all_gone.wait()
         if self._server is not None:
             await self._server.close()
+        if self._roster is not None:
+            self._roster.remove()
 
     async def _gone_within(self, patience_s: float) -> bool:
         if not self._workers:
@@ -211,6 +249,7 @@ class WorkerPool:
 
     def _take_in(self, worker: Worker, channel: Channel, pid: int) -> None:
         worker.channel = channel
+        worker.settled = worker.settled or worker.free
         self._watch(worker, pid)
         channel.deliver_to(lambda message: self._on_message(worker, message), lambda _: self._cut_off(worker))
         log.info("greeted worker=%s pid=%d", worker.name, pid)
@@ -222,12 +261,12 @@ class WorkerPool:
             worker.send(worker.chore)
 
     def _watch(self, worker: Worker, pid: int) -> None:
-        if worker.vigil is not None:
-            return
-        try:
-            worker.vigil = Vigil(pid, lambda: self._exited(worker))
-        except ProcessLookupError:
-            asyncio.get_running_loop().call_soon(self._exited, worker)
+        if worker.vigil is None:
+            try:
+                worker.vigil, worker.born = Vigil(pid, lambda: self._exited(worker)), born(pid)
+            except ProcessLookupError:
+                asyncio.get_running_loop().call_soon(self._exited, worker)
+        self._note()
 
     def _cut_off(self, worker: Worker) -> None:
         """A worker that cannot be spoken to is of no use; its exit, not this, is what counts as its loss."""
@@ -239,9 +278,59 @@ class WorkerPool:
             return
         if worker.channel is not None:
             worker.channel.close()
+        self._note()
         if not self._workers:
             self._all_gone.set()
         if worker.channel is not None:  # else it died at birth, and so would its successor, and the next
             self._keep_spare()
         pid = worker.vigil.pid if worker.vigil is not None else None
         self._on_lost(worker, "the worker's process has exited" + (f" (pid {pid})" if pid is not None else ""))
+        self._miss_no_more(worker)
+
+    # Those who have outlived an earlier agent.
+
+    def _expect_survivors(self) -> None:
+        for entry in self.survivors:
+            worker = self._workers[entry.name] = Worker(entry.name)
+            worker.missed = True
+            self._missing.add(entry.name)
+            self._watch(worker, entry.pid)
+            if worker.vigil is not None and not entry.settled:
+                log.info("killed worker=%s reason=it was half-way when its agent died", worker.name)
+                worker.vigil.signal(signal.SIGKILL)
+        if self._missing:
+            self._search = asyncio.get_running_loop().call_later(SPEAK_WITHIN_S, self._give_up_silent)
+
+    def _give_up_silent(self) -> None:
+        for worker in self._workers.values():
+            if worker.missed and worker.vigil is not None:
+                log.warning("killed worker=%s reason=silent for %g s after its agent's death", worker.name, SPEAK_WITHIN_S)
+                worker.vigil.signal(signal.SIGKILL)
+
+    def _miss_no_more(self, worker: Worker) -> None:
+        if worker.name in self._missing:
+            self._missing.discard(worker.name)
+            if not self._missing and not self._stopping:
+                self._complete()
+
+    def _complete(self) -> None:
+        if self._search is not None:
+            self._search.cancel()
+        self._keep_spare()
+        self._on_complete()
+
+    def _note(self) -> None:
+        """What the next agent will know, should this one die now."""
+        if self._roster is None:
+            return
+        self._roster.write(
+            Entry(
+                name=worker.name,
+                pid=worker.vigil.pid,
+                born=worker.born,
+                gpu_ids=() if worker.activation is None else worker.activation.seat.gpu_ids,
+                settled=worker.settled,
+            )
+            for worker in self._workers.values()
+            if worker.vigil is not None
+        )

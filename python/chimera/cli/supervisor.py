@@ -240,7 +240,7 @@ class Supervisor:
     def _hear(self, message: Message) -> None:
         match message:
             case Hello(role="front", name=name):
-                self._fronts_awaited.discard(name)
+                self._fronts_awaited.discard(name.partition(".")[0])
                 if not self._fronts_awaited:
                     self._fronts_here.set()
             case ReplicaReady(replica=replica) if replica not in self._ready_models:

@@ -29,7 +29,7 @@ from chimera.wire.vigil import Vigil
 
 log = logging.getLogger(__name__)
 
-MOST_STRAY_CANCELS = 1024
+MOST_STRAY = 1024
 
 News = events.ReplicaReady | events.ReplicaStopped | events.ActivationFailed | events.WorkerLost
 """What command-line clients that stay connected are told, beginning with the newest of each replica; and every front-end's
@@ -77,8 +77,8 @@ class Exchange:
         self._news: dict[ReplicaId, News] = {}
         self._payloads: dict[str, bytes] = {}
         """Of the requests that were not handed to an agent yet."""
-        self._stray_cancels: deque[stream.Cancel] = deque(maxlen=MOST_STRAY_CANCELS)
-        """Of requests unknown here: an agent that comes later than the front-end may have them from an earlier control."""
+        self._stray: deque[stream.Cancel | stream.FrontLost] = deque(maxlen=MOST_STRAY)
+        """Of requests that an agent may have which is not here now, or from an earlier control."""
 
     async def start(self) -> None:
         for model in self._models.values():
@@ -121,12 +121,14 @@ class Exchange:
 
     def _take_in_front(self, hello: stream.Hello, channel: Channel) -> None:
         known = self._fronts.get(hello.name)
-        if known is not None and known.vigil.pid == hello.pid:
+        if known is not None and known.vigil.pid != hello.pid:
+            log.warning("sent away front-end %s pid=%d: no two have one name", hello.name, hello.pid)
+            channel.close()
+            return
+        if known is not None:
             known.channel.close()
             known.channel = channel
         else:
-            if known is not None:
-                self._front_gone(known)
             try:
                 vigil = Vigil(hello.pid, lambda: self._front_gone(front))
             except ProcessLookupError:  # it died with its greeting on the way
@@ -162,17 +164,20 @@ class Exchange:
         self._call_off(front.name)
 
     def _call_off(self, front: str) -> None:
-        """Agents may have requests of it that came through an earlier control."""
+        """Agents may have requests of it that came through an earlier control, also those that are not here yet."""
+        lost = stream.FrontLost(front=front)
         for agent in self._agents.values():
-            agent.send(stream.FrontLost(front=front))
+            agent.send(lost)
+        self._stray.append(lost)
+        (self._socket.parent / f"{front}.sock").unlink(missing_ok=True)
 
     def _take_in_agent(self, name: str, channel: Channel) -> None:
         known = self._agents.get(name)
         if known is not None:
             self._agent_gone(name, known, "it has connected anew")
         self._agents[name] = channel
-        for cancel in self._stray_cancels:
-            channel.send(cancel)
+        for stray in self._stray:
+            channel.send(stray)
         channel.deliver_to(
             lambda message: self._agent_says(name, channel, message),
             lambda fault: self._agent_gone(name, channel, str(fault or "its connection has ended")),
@@ -299,7 +304,7 @@ class Exchange:
         # Unknown here: an earlier control may have routed it. Who does not have it ignores this.
         for agent in self._agents.values():
             agent.send(cancel)
-        self._stray_cancels.append(cancel)
+        self._stray.append(cancel)
 
     def _snapshot(self) -> stream.SnapshotTaken:
         return stream.SnapshotTaken(snapshot=self._telemetry.overlay(self.scheduler.snapshot(time.monotonic())))
@@ -341,8 +346,10 @@ class Exchange:
     def _tell_agent(self, action: Action, message: Message) -> None:
         agent = self.scheduler.agent_of(action)
         channel = None if agent is None else self._agents.get(agent)
-        if channel is not None:  # else its loss is on the way to the scheduler
+        if channel is not None:
             channel.send(message)
+        elif isinstance(action, actions.Abort):  # its agent may come back, and its worker go on with it meanwhile
+            self._stray.append(stream.Cancel(request_id=action.request_id))
 
     def _tell_front(self, front: str, message: Message) -> None:
         known = self._fronts.get(front)

@@ -9,6 +9,7 @@ import msgspec
 from chimera.core.gpu import Gpu
 from chimera.core.lease import LeaseClass
 from chimera.core.model import ModelSpec
+from chimera.core.placement import Seat
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
 
@@ -59,6 +60,10 @@ class AgentJoined(Event, frozen=True, kw_only=True):
     agent: str
     agent_start: int
     gpus: tuple[Gpu, ...]
+    earlier: tuple[int, ...] = ()
+    """Starts of its earlier lives, whose workers it goes on with."""
+    requests: tuple[str, ...] = ()
+    """What it has, waiting or running; whatever else it was given is lost."""
 
 
 class AgentLost(Event, frozen=True, kw_only=True):
@@ -75,6 +80,21 @@ class ReplicaReady(Event, frozen=True, kw_only=True):
     kv_tokens: int
     context_length: int
     load_s: float
+
+
+class ReplicaFound(Event, frozen=True, kw_only=True):
+    """A worker has outlived its agent, and tells the next one what it is."""
+
+    model: ModelSpec
+    seat: Seat
+    ready: ReplicaReady
+    """As it was said to the agent before; its epoch is the life that goes on."""
+    running: tuple[Request, ...] = ()
+    leaving: bool = False
+
+    @property
+    def replica(self) -> ReplicaId:
+        return self.seat.replica
 
 
 class ReplicaStopped(Event, frozen=True, kw_only=True):

@@ -13,8 +13,8 @@ from chimera.core.model import ModelSpec
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
 from chimera.core.snapshot import Snapshot
-from chimera.msg.actions import Route
-from chimera.msg.events import Outcome
+from chimera.msg.actions import Activate, Route
+from chimera.msg.events import Outcome, ReplicaReady
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -87,6 +87,18 @@ class Submit(Stream, frozen=True, kw_only=True):
     epoch: Epoch
     front: str
     payload: bytes
+    request: Request | None = None
+    """Its measure, which the worker keeps for an agent that comes after this one."""
+
+
+class Standing(Stream, frozen=True, kw_only=True):
+    """What a worker is, to an agent that comes after the one it lost; `PagesHeld` follows where memory is elastic."""
+
+    activation: Activate | None = None
+    """Empty while it is EMPTY."""
+    ready: ReplicaReady | None = None
+    running: tuple[Request, ...] = ()
+    leaving: bool = False
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

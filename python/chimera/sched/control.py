@@ -76,6 +76,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """The longest that a request waits here for a replica, whatever the hope."""
     agent_absence_s: float = 30.0
     """How long a lost agent is expected back, and a missing one at the start."""
+    agent_return_s: float = 3.0
+    """How long its requests wait for it: its workers may go on with them, and it comes back to tell which."""
 
 
 class Orphan(msgspec.Struct, frozen=True, kw_only=True):
@@ -92,6 +94,10 @@ class Agent(msgspec.Struct, kw_only=True):
     gpus: tuple[Gpu, ...]
     present: bool = True
     orphans: list[Orphan] = []
+    earlier: tuple[int, ...] = ()
+    """Starts of its earlier lives, whose workers it goes on with."""
+    requests_due_s: float | None = None
+    """Set while it is away and its requests still wait for it."""
 
 
 class Pace(msgspec.Struct, kw_only=True):
@@ -614,9 +620,10 @@ class ControlScheduler:
                 return
             if known.present:
                 yield from self._agent_lost(AgentLost(agent=known.name, reason="it came back as a new process"), now)
-        self._agents[event.agent] = Agent(name=event.agent, start=event.agent_start, gpus=event.gpus)
-        if known is not None and known.start == event.agent_start:
-            for orphan in known.orphans:
+            yield from self._give_up_routed(known, set(event.requests), "it was lost with its agent")
+        self._agents[event.agent] = Agent(name=event.agent, start=event.agent_start, gpus=event.gpus, earlier=event.earlier)
+        for orphan in known.orphans if known is not None else ():
+            if orphan.request_id in event.requests:
                 reason = "its agent was away, and it was sent to its front-end meanwhile"
                 yield self._abort(orphan.request_id, orphan.replica, orphan.epoch, reason)
         yield from self._start_absent(list(self._places.values()), now)
@@ -626,18 +633,25 @@ class ControlScheduler:
         agent = self._agents.get(event.agent)
         if agent is None or not agent.present:
             return
-        agent.present = False
+        agent.present, agent.requests_due_s = False, now + self._limits.agent_return_s
         for place in [place for place in self._places.values() if place.agent == event.agent]:
-            for request_id, routed in list(place.routed.items()):
-                self._forget(request_id)
-                agent.orphans.append(Orphan(request_id=request_id, replica=place.replica, epoch=routed.epoch))
-                yield _requeue(routed.request, f"the agent serving {place.replica} was lost: {event.reason}")
             if place.state is PlaceState.LEAVING:
                 yield from self._drop(place, event.reason)
                 yield from self._settle(place.replica.model, now)
                 yield from self._refuse_held(place.replica.model, now)
             elif place.state is not PlaceState.FAILED:
                 self._await_agent(place, now)
+
+    def _give_up_routed(self, agent: Agent, kept: set[str], reason: str) -> Iterator[Action]:
+        """An agent's requests wait for it no longer, but for those that it still has; the others are brought again."""
+        agent.requests_due_s = None
+        lives = (agent.start, *agent.earlier)
+        for place in self._places.values():
+            for request_id, routed in list(place.routed.items()):
+                if routed.epoch.agent_start in lives and request_id not in kept:
+                    self._forget(request_id)
+                    agent.orphans.append(Orphan(request_id=request_id, replica=place.replica, epoch=routed.epoch))
+                    yield _requeue(routed.request, f"{place.replica}: {reason}")
 
     def _owner(self, seat: Seat) -> str | None:
         """The agent that is here and has every GPU of the seat."""
@@ -647,7 +661,8 @@ class ControlScheduler:
 
     def _agent_in_life(self, epoch: Epoch) -> str | None:
         """The agent that is here and minted the epoch in its present life."""
-        return next((a.name for a in self._agents.values() if a.present and a.start == epoch.agent_start), None)
+        lives = (a for a in self._agents.values() if a.present)
+        return next((a.name for a in lives if epoch.agent_start in (a.start, *a.earlier)), None)
 
     # Policies.
 
@@ -776,6 +791,9 @@ class ControlScheduler:
             place = self._places[replica]
             if place.due_s is not None and place.due_s <= now:
                 yield from self._due(place, now)
+        for agent in self._agents.values():
+            if agent.requests_due_s is not None and agent.requests_due_s <= now:
+                yield from self._give_up_routed(agent, set(), "its agent was lost and has not come back")
         while self._held_since:
             held = next(iter(self._held_since.values()))
             if held.since_s + self._limits.hold_s > now:
@@ -809,6 +827,7 @@ class ControlScheduler:
             dues.append(next(iter(self._held_since.values())).since_s + self._limits.hold_s)
         if self._review_s is not None:
             dues.append(self._review_s)
+        dues += [agent.requests_due_s for agent in self._agents.values() if agent.requests_due_s is not None]
         soonest = min(dues, default=None)
         if soonest is None or (self._wake_s is not None and self._wake_s <= soonest):
             return None  # To be woken too early costs nothing.

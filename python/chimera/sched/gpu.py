@@ -26,6 +26,7 @@ from chimera.msg.actions import Abort, Action, Activate, Admit, Deactivate, Reje
 from chimera.msg.events import (
     ActivationFailed,
     Event,
+    ReplicaFound,
     ReplicaReady,
     ReplicaStopped,
     RequestArrived,
@@ -181,6 +182,8 @@ class GpuScheduler:
                 return self._activate(event)
             case Deactivate():
                 return self._deactivate(event)
+            case ReplicaFound():
+                return self._found(event)
             case ReplicaReady():
                 return self._ready(event, now)
             case ReplicaStopped():
@@ -260,6 +263,17 @@ class GpuScheduler:
         held = sum(t.model.kv_bytes(t.final_tokens) for t in self.tenants())
         self._room_bytes = tenant.model.kv_bytes(event.kv_tokens) + held
         return self._admit(tenant, now)
+
+    def _found(self, event: ReplicaFound) -> list[Action]:
+        """It goes on with what it runs; what waited for it was lost with the agent."""
+        tenant = Tenant(event.model, event.seat, event.ready.epoch, self._local, self._costs)
+        tenant.state = ReplicaState.DRAINING if event.leaving else ReplicaState.SERVING
+        tenant.ready, tenant.load_s = event.ready, event.ready.load_s
+        for request in event.running:
+            tenant.take(request)
+            self._where[request.request_id] = tenant.replica
+        self._tenants[tenant.replica] = tenant
+        return []
 
     def _stopped(self, event: ReplicaStopped) -> list[Action]:
         tenant = self._living(event.replica, event.epoch)

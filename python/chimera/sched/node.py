@@ -21,6 +21,7 @@ from chimera.msg.events import (
     ActivationFailed,
     PagesReturned,
     PagesWanted,
+    ReplicaFound,
     ReplicaReady,
     ReplicaStopped,
     RequestArrived,
@@ -81,6 +82,8 @@ class NodeScheduler:
                 return self._arrived(event.request, least_loaded(self.tenants(), event.request.model), now)
             case RequestCancelled() | Abort():
                 return self._cancelled(event, now)
+            case ReplicaFound():
+                return self._found(event, now)
             case Woke():
                 self._wake_s = None
                 return [action for gpu in self._gpus.values() for action in gpu.on(event, now)]
@@ -124,6 +127,13 @@ class NodeScheduler:
             return home.on(order, now)  # It leaves there first; control asks again once it has.
         waiting = home.evict(tenant.replica, f"{tenant.replica} moves from GPU {home.gpu_id} to GPU {target.gpu_id}")
         return [*waiting, *target.on(order, now)]
+
+    def _found(self, event: ReplicaFound, now: float) -> list[Action]:
+        target = self._gpus.get(event.seat.gpu_ids[0])
+        if target is not None and self._home(event.replica) is None:
+            return target.on(event, now)
+        reason = f"{event.replica} has another life by now"
+        return [Deactivate(replica=event.replica, epoch=event.ready.epoch, reason=reason)]
 
     def _arrived(self, request: Request, replica: ReplicaId | None, now: float) -> list[Action]:
         if any(gpu.holds(request.request_id) for gpu in self._gpus.values()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import os
 import signal
 import socket
 import sys
@@ -42,11 +43,16 @@ async def _serve(arguments: argparse.Namespace, listener: socket.socket) -> None
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, tell)
-    front = FrontEnd(run_dir=arguments.run_dir, name=arguments.name, listener=listener, access=_access(arguments.access))
+    starter = os.getppid()
+    # No two front-ends ever have the same name: who looks for a dead one must not find its successor.
+    name = f"{arguments.name}.{os.getpid()}"
+    front = FrontEnd(run_dir=arguments.run_dir, name=name, listener=listener, access=_access(arguments.access))
     await front.start()
     gc.collect()
     gc.freeze()  # what start-up made stays; looking through it again would cost every stream a pause
     await told.wait()
+    if os.getppid() != starter:  # the server was killed: its answers end now, and not as if they were whole
+        told_twice.set()
     draining, hurrying = asyncio.create_task(front.drain(arguments.drain_s)), asyncio.create_task(told_twice.wait())
     await asyncio.wait([draining, hurrying], return_when=asyncio.FIRST_COMPLETED)
     draining.cancel()

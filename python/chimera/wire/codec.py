@@ -53,6 +53,7 @@ Message = (
     | stream.Cancel
     | stream.FrontLost
     | stream.Submit
+    | stream.Standing
     | stream.Tokens
     | stream.Failed
     | stream.Heartbeat

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from chimera.core.lease import Terms
+from chimera.core.lease import LeaseClass, Terms
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.engine.api import Holding, Limit
 from chimera.msg.actions import FirstLease, Grant, Recall
-from chimera.msg.events import PagesReturned, PagesWanted
+from chimera.msg.events import PagesHeld, PagesReturned, PagesWanted
 from chimera.units import ceil_div
 
 _WANT_EVERY_S: Final = 0.02
@@ -31,6 +31,20 @@ class LeaseDesk:
         """Revision and level of the last answer."""
         self._wanted = -1
         self._due_s = -math.inf
+
+    def held(self, worker: str, holding: Holding, weight_bytes: int) -> PagesHeld:
+        """All of it, for an agent that has heard of none of it."""
+        self._answered, self._wanted = (-1, math.inf), -1
+        return PagesHeld(
+            worker=worker,
+            gpu_id=self._gpu_id,
+            replica=self._replica,
+            epoch=self._epoch,
+            reserved={LeaseClass.WEIGHTS: ceil_div(weight_bytes, self._page_bytes)},
+            revision=self._terms.revision,
+            level=self._terms.level,
+            held=ceil_div(holding.held_bytes, self._page_bytes),
+        )
 
     def obey(self, order: Grant | Recall, now: float) -> Limit | None:
         """What the order means to the engine; nothing if a newer one has come before it."""

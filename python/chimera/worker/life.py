@@ -12,10 +12,12 @@ from collections.abc import Sequence
 import msgspec
 
 from chimera.core.replica import Epoch, ReplicaId
+from chimera.core.request import Request
 from chimera.engine.api import Engine, Leave, Limit, Order, Stats, Submission, Withdrawal
 from chimera.msg import actions, stream
-from chimera.msg.events import Outcome, RequestFinished
+from chimera.msg.events import Outcome, ReplicaReady, RequestFinished
 from chimera.msg.stream import Payload, TokenDelta
+from chimera.wire.codec import Message
 from chimera.worker.lease import LeaseDesk
 from chimera.worker.ties import Ties
 
@@ -28,10 +30,11 @@ _payload_decoder = msgspec.msgpack.Decoder(Payload)
 class _Open:
     """A request the engine has."""
 
-    __slots__ = ("cached_tokens", "front", "output_tokens")
+    __slots__ = ("cached_tokens", "front", "output_tokens", "request")
 
-    def __init__(self, front: str) -> None:
+    def __init__(self, front: str, request: Request | None = None) -> None:
         self.front = front
+        self.request = request
         self.output_tokens = 0
         self.cached_tokens = 0
 
@@ -86,7 +89,9 @@ class Life:
             request.cached_tokens = delta.cached_tokens
             by_front.setdefault(request.front, []).append(delta)
         for front, its_deltas in by_front.items():
-            self._ties.tell_front(front, stream.Tokens(replica=self.replica, epoch=self.epoch, deltas=its_deltas))
+            tokens = stream.Tokens(replica=self.replica, epoch=self.epoch, deltas=its_deltas)
+            if not self._ties.tell_front(front, tokens):
+                self._call_off(front)
         for delta in deltas:
             if delta.outcome is not None:
                 self._finish(delta.request_id, delta.outcome)
@@ -103,7 +108,24 @@ class Life:
             self._ties.tell_front(request.front, _requeue(request_id, reason))
             self._finish(request_id, Outcome.REQUEUED)
 
+    def _call_off(self, front: str) -> None:
+        """The front-end is gone, and with it everybody who waited for these answers."""
+        for request_id in [request_id for request_id, request in self._open.items() if request.front == front]:
+            self._finish(request_id, Outcome.CANCELLED)
+            self._kept.append(Withdrawal(request_id))
+
     # The agent's side.
+
+    def standing(self, activation: actions.Activate, ready: ReplicaReady) -> list[Message]:
+        """What an agent must know that comes after the one which started this life. It knows of no pause, so it ends."""
+        self._paused, self._told, self._told_s = False, Stats(), 0.0
+        running = tuple(request.request for request in self._open.values() if request.request is not None)
+        leaving = self._leave_by_s is not None
+        told: list[Message] = [stream.Standing(activation=activation, ready=ready, running=running, leaving=leaving)]
+        holding = None if self._lease is None else self._engine.holding()
+        if self._lease is not None and holding is not None:
+            told.append(self._lease.held(self._ties.worker, holding, activation.model.weight_bytes))
+        return told
 
     def _order(self, message: object) -> Order | None:
         """What the agent's message means to the engine, if anything."""
@@ -137,10 +159,10 @@ class Life:
         try:
             payload = _payload_decoder.decode(message.payload)
         except msgspec.DecodeError as fault:
-            self._open[message.request_id] = _Open(message.front)
+            self._open[message.request_id] = _Open(message.front, message.request)
             self.fail(message.request_id, "bad_request", f"the request's payload cannot be read: {fault}")
             return None
-        self._open[message.request_id] = _Open(message.front)
+        self._open[message.request_id] = _Open(message.front, message.request)
         return Submission(message.request_id, payload)
 
     def _finish(self, request_id: str, outcome: Outcome) -> None:

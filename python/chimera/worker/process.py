@@ -87,20 +87,21 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties) -> bool:
         return False
     desk = None if order.lease is None else LeaseDesk(replica, epoch, order.seat.gpu_ids[0], order.lease)
     life = Life(replica, epoch, engine, ties, desk)
-    ties.tell_agent(
-        events.ReplicaReady(
-            replica=replica,
-            epoch=epoch,
-            credits=vitals.credits,
-            kv_tokens=vitals.kv_tokens,
-            context_length=vitals.context_length,
-            load_s=time.monotonic() - started,
-        )
+    ready = events.ReplicaReady(
+        replica=replica,
+        epoch=epoch,
+        credits=vitals.credits,
+        kv_tokens=vitals.kv_tokens,
+        context_length=vitals.context_length,
+        load_s=time.monotonic() - started,
     )
+    ties.tell_agent(ready)
+    ties.stand_as(lambda: life.standing(order, ready))
     log.info("serving replica=%s epoch=%s load_s=%.3f", replica, epoch, time.monotonic() - started)
     with contextlib.suppress(Leave):
         engine.serve(life)
     engine.deactivate()
+    ties.stand_as(None)
     ties.tell_agent(events.ReplicaStopped(replica=replica, epoch=epoch, reason=life.stop_reason))
     log.info("empty again replica=%s reason=%s", replica, life.stop_reason)
     return life.told_to_stop
