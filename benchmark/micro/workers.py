@@ -174,6 +174,14 @@ class Hand:
                     raise RuntimeError(f"{message.request_id} failed: {message.message}")
         return heard
 
+    def dismiss(self) -> None:
+        """The worker leaves, as when its server stops."""
+        self.channel.send(stream.Stop())
+        while not self.channel.closed:
+            self.channel.receive(PATIENCE_S)
+        self.channel.close()
+        self._front_socket.close()
+
     @property
     def cpu_s(self) -> float:
         """Processor time of the worker since it was forked."""
