@@ -328,6 +328,7 @@ class WorkerPool:
                 name=worker.name,
                 pid=worker.vigil.pid,
                 born=worker.born,
+                replica="" if worker.replica is None else str(worker.replica),
                 gpu_ids=() if worker.activation is None else worker.activation.seat.gpu_ids,
                 settled=worker.settled,
             )

@@ -17,6 +17,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     pid: int
     born: int
+    replica: str = ""
     gpu_ids: tuple[int, ...] = ()
     """Where its replica has memory."""
     settled: bool = True
