@@ -41,8 +41,7 @@ def test_two_workers_that_want_one_model_at_once_build_it_once(stage: Stage, ima
         stage.new_act()
         worker.submit(f"r{number}", epoch, payload(PROMPT, 4))
         said.append(stage.finished(f"r{number}")[0].tokens)
-        worker.channel.close()
-        assert worker.gone()
+        worker.dismiss()
     assert said[0] == said[1] and len(said[0]) == 4
 
 
@@ -58,5 +57,4 @@ def test_a_worker_prepares_a_model_and_stays_empty(stage: Stage, images: Path, t
     assert "model.safetensors" in worker.inbox.next(stream.Prepared).fault
     make(MODELS["qwen3"], tmp_path / "qwen3", seed=0)
     worker.become(spec, kv_limit_bytes=KV)
-    worker.channel.close()
-    assert worker.gone()
+    worker.dismiss()

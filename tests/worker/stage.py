@@ -139,6 +139,12 @@ class Hired:
     def gone(self, patience_s: float = 5.0) -> bool:
         return bool(select.select([self.pidfd], [], [], patience_s)[0])
 
+    def dismiss(self) -> None:
+        self.channel.send(stream.Stop())
+        assert self.gone(), "a worker told to stop ends"
+        self.channel.close()
+        os.close(self.pidfd)
+
 
 class Stage:
     def __init__(self, folder: Path, engine: str, *options: str) -> None:

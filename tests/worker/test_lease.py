@@ -103,8 +103,7 @@ def worker(stage: Stage) -> Iterator[Hired]:
     stage.new_act()
     hired = stage.hire()
     yield hired
-    hired.channel.close()
-    assert hired.gone()
+    hired.dismiss()
 
 
 def test_an_idle_worker_answers_a_recall_at_once(stage: Stage, worker: Hired) -> None:

@@ -1,6 +1,5 @@
 """A worker's life over real sockets, with the simulated engine."""
 
-import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +28,7 @@ def worker(stage: Stage) -> Iterator[Hired]:
     stage.new_act()
     hired = stage.hire()
     yield hired
-    hired.channel.close()
-    assert hired.gone(), "a worker without an agent leaves"
-    os.close(hired.pidfd)
+    hired.dismiss()
 
 
 def test_a_worker_becomes_one_model_after_another(stage: Stage, worker: Hired) -> None:
@@ -155,14 +152,14 @@ def test_what_comes_right_behind_an_activation_is_not_lost(stage: Stage, worker:
     assert worker.inbox.next(events.ReplicaStopped).epoch == epoch
 
 
-def test_a_worker_told_to_stop_ends(worker: Hired) -> None:
-    worker.become(model("a"))
+def test_a_worker_told_to_stop_says_so_for_its_replica_and_ends(worker: Hired) -> None:
+    epoch, _ = worker.become(model("a"))
     worker.channel.send(stream.Stop())
-    worker.inbox.next(events.ReplicaStopped)
+    assert worker.inbox.next(events.ReplicaStopped).epoch == epoch
     assert worker.gone()
 
 
-def test_a_worker_outlives_its_parent_and_ends_with_its_agent(tmp_path: Path) -> None:
+def test_a_worker_outlives_its_parent(tmp_path: Path) -> None:
     stage = Stage(tmp_path, "simulated")
     worker = stage.hire()
     epoch, _ = worker.become(model("a"))
@@ -170,6 +167,5 @@ def test_a_worker_outlives_its_parent_and_ends_with_its_agent(tmp_path: Path) ->
     stage.parent.wait()
     worker.submit("r", epoch, payload([1], 3))
     assert len(stage.finished("r")[0].tokens) == 3
-    worker.channel.close()
-    assert worker.gone()
+    worker.dismiss()
     stage.close()
