@@ -8,7 +8,7 @@ this module again. Nothing else of ours is in it.
 
 import sys
 
-from chimera.engine.sglang import standins
+from chimera import standins
 
 standins.install()
 

@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script: the repository is not a package
 
-from chimera.engine.sglang import standins
+from chimera import standins
 from chimera.kv.budget import Budget
 from chimera.kv.layout import Interleaved, KvKind
 from chimera.kv.pool import ElasticPool

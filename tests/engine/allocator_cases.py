@@ -13,7 +13,7 @@ SLOTS = 512
 
 @pytest.fixture(scope="module", autouse=True)
 def sglang() -> None:
-    from chimera.engine.sglang import standins
+    from chimera import standins
 
     standins.install()
     from chimera.engine.sglang import plugin

@@ -17,7 +17,10 @@ NO_OBJECTS = [
     *(b'{"model": "\xff"}', b'{"model": "\\ud800"}', b'{"model": 1e999}'),
 ]
 HI = [{"role": "user", "content": "hi"}]
-CHAT, COMPLETION, GENERATE = "/v1/chat/completions", "/v1/completions", "/generate"
+CHAT, COMPLETION, GENERATE, RESPONSES = "/v1/chat/completions", "/v1/completions", "/generate", "/v1/responses"
+TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+BAD_CALL = {"id": "1", "function": {"name": "f", "arguments": "no object"}}
+CALLED = "messages[1].tool_calls[0].function.arguments"
 
 
 async def error_of(standing: Stage, path: str, data: bytes | BytesIO, method: str = "POST") -> tuple[int, dict[str, Any]]:
@@ -64,6 +67,17 @@ async def test_a_body_that_is_no_json_object(standing: Stage, path: str, body: b
         (COMPLETION, {"prompt": ["a", "b"], "n": 65}, "n"),
         (COMPLETION, {"logprobs": 21}, "logprobs"),
         (CHAT, {"n": 0}, "n"),
+        (CHAT, {"logit_bias": {"none": 1}}, "logit_bias"),
+        (CHAT, {"logit_bias": {"65": 101}}, "logit_bias[...]"),
+        (CHAT, {"logit_bias": {"1000000": 1}}, "logit_bias"),
+        (CHAT, {"tools": [{"type": "function"}]}, "tools[0]"),
+        (CHAT, {"tool_choice": "required"}, "tool_choice"),
+        (CHAT, {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+        (CHAT, {"response_format": {"type": "xml"}}, "response_format.type"),
+        (CHAT, {"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        (CHAT, {"messages": [HI[0], {"role": "assistant", "tool_calls": [BAD_CALL]}]}, CALLED),
+        (RESPONSES, {"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        (RESPONSES, {"input": [{"type": "function_call", "name": "f", "arguments": "{"}]}, "input[0].arguments"),
         (CHAT, {"n": 129}, "n"),
         (CHAT, {"logprobs": 2}, "logprobs"),
         (CHAT, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -91,14 +105,18 @@ async def test_a_field_of_a_wrong_kind_is_named(standing: Stage, path: str, chan
 @pytest.mark.parametrize(
     ("path", "change", "param"),
     [
-        (CHAT, {"tools": [{"type": "function"}]}, "tools"),
-        (CHAT, {"response_format": {"type": "json_object"}}, "response_format"),
+        (CHAT, {"functions": [{"name": "f"}]}, "functions"),
+        (CHAT, {"modalities": ["audio"]}, "modalities"),
         (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[0].content"),
         (COMPLETION, {"echo": True}, "echo"),
+        (COMPLETION, {"best_of": 3}, "best_of"),
+        (COMPLETION, {"suffix": "the end"}, "suffix"),
+        (RESPONSES, {"tools": [{"type": "web_search"}]}, "tools[0]"),
+        (RESPONSES, {"previous_response_id": "resp_1"}, "previous_response_id"),
         (GENERATE, {"text": ["a", "b"]}, "text"),
         (GENERATE, {"text": None, "input_ids": [[1], [2]]}, "input_ids"),
         (GENERATE, {"return_logprob": True, "logprob_start_len": 0}, "logprob_start_len"),
-        (GENERATE, {"sampling_params": {"regex": "a*"}}, "regex"),
+        (GENERATE, {"lora_path": "somewhere"}, "lora_path"),
     ],
 )
 async def test_what_is_known_and_not_served_is_refused_by_name(
@@ -165,4 +183,5 @@ async def test_a_wrong_method_or_path_is_told_so(standing: Stage, method: str, p
 
 
 def good(path: str) -> dict[str, Any]:
-    return {"model": "m", **{CHAT: {"messages": HI}, COMPLETION: {"prompt": "a"}, GENERATE: {"text": "a"}}[path]}
+    asked = {CHAT: {"messages": HI}, COMPLETION: {"prompt": "a"}, GENERATE: {"text": "a"}, RESPONSES: {"input": "a"}}
+    return {"model": "m", **asked[path]}

@@ -89,8 +89,9 @@ async def test_the_tokens_of_a_prompt_are_counted_as_they_are_charged(stage: Sta
         ({"messages": [{"role": "robot", "content": "x"}]}, 400, "invalid_request_error", "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, 400, "invalid_request_error", "image"),
         ({"temperature": 1.5}, 400, "invalid_request_error", "temperature"),
-        ({"tools": [{"name": "t"}]}, 400, "invalid_request_error", "tools"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 9}}, 400, "invalid_request_error", "thinking"),
+        ({"tools": [{"name": "t", "type": "bash_20250124"}]}, 400, "invalid_request_error", "tools[0]"),
+        ({"tool_choice": {"type": "any"}}, 400, "invalid_request_error", "tool_choice"),
+        ({"mcp_servers": [{"name": "s"}]}, 400, "invalid_request_error", "mcp_servers"),
     ],
 )
 async def test_a_refusal_has_anthropics_shape(stage: Stage, change: dict[str, Any], status: int, kind: str, named: str) -> None:

@@ -66,11 +66,10 @@ async def test_a_streamed_response_is_a_numbered_sequence_of_events(client: Asyn
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0]"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
         ({"background": True}, "background"),
-        ({"text": {"format": {"type": "json_object"}}}, "text.format"),
-        ({"input": [{"type": "function_call_output", "call_id": "1", "output": "x"}]}, "input[0]"),
+        ({"input": [{"type": "item_reference", "id": "1"}]}, "input[0]"),
     ],
 )
 async def test_what_is_not_served_is_refused_by_name(client: AsyncOpenAI, change: dict[str, Any], param: str) -> None:

@@ -254,6 +254,9 @@ def _spec(entry: ModelEntry, checkpoint: Checkpoint, tokenizer: Path) -> ModelSp
         preload=entry.preload,
         keep_alive_s=None if never_leaves else keep,
         drain_s=entry.drain_s,
+        tool_call_parser=entry.tool_call_parser,
+        reasoning_parser=entry.reasoning_parser,
+        embedding=not shape.generates or entry.engine_args.get("is_embedding") is True,
         engine=entry.engine,
         engine_args=entry.engine_args,
     )

@@ -67,6 +67,12 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     preload: Annotated[bool, msgspec.Meta(description="Started with the server, wherever the policy puts it.")] = False
     engine: Annotated[Literal["sglang", "simulated"], msgspec.Meta(description="What runs it.")] = "sglang"
     engine_args: Annotated[dict[str, Any], msgspec.Meta(description="SGLang's own options, by their names in ServerArgs.")] = {}
+    tool_call_parser: Annotated[
+        Name | None, msgspec.Meta(description="How it writes calls of tools, in SGLang's words; auto: its template tells.")
+    ] = None
+    reasoning_parser: Annotated[
+        Name | None, msgspec.Meta(description="How it sets its thoughts apart, likewise; null: they are part of the text.")
+    ] = None
     dtype: Annotated[Dtype, msgspec.Meta(description="Type of weights and activations.")] = "auto"
     quantization: Annotated[
         Name | None, msgspec.Meta(description="As the checkpoint is stored; or fp8, which is also made at load.")

@@ -5,6 +5,7 @@ Each rule looks only at places without a fault, so that one mistake is named onc
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from chimera.config.faults import Faults, at_index, shortened
 from chimera.config.placement_file import ModelEntry, PlacementEntry, PlacementFile
 from chimera.core.gpu import Gpu
+from chimera.core.parsers import AUTO, REASONING_PARSERS, TOOL_CALL_PARSERS
 from chimera.core.shape import ModelShape
 from chimera.units import GB, format_bytes, parse_seconds
 
@@ -80,6 +82,8 @@ class Rules:
     def _entry_is_sound(self, where: str, entry: ModelEntry) -> None:
         if not self._faults.spoil(f"{where}.keep_alive"):
             self._ask(f"{where}.keep_alive", lambda: keep_alive_s(entry))
+        self._parser_is_known(f"{where}.tool_call_parser", entry.tool_call_parser, TOOL_CALL_PARSERS)
+        self._parser_is_known(f"{where}.reasoning_parser", entry.reasoning_parser, REASONING_PARSERS)
         for option in entry.engine_args:
             at = f"{where}.engine_args"
             if option in ModelEntry.__struct_fields__:
@@ -88,6 +92,11 @@ class Rules:
                 spelt = option.strip("-").replace("-", "_").lower()
                 hint = f"write {spelt}" if _OPTION.fullmatch(spelt) else ""
                 self._faults.add(at, f"{shortened(option)!r} is not spelt like an option", hint)
+
+    def _parser_is_known(self, where: str, name: str | None, known: frozenset[str]) -> None:
+        if name is not None and name not in known | {AUTO} and not self._faults.spoil(where):
+            near = difflib.get_close_matches(name, known, n=1)
+            self._faults.add(where, f"{shortened(name)!r} is no parser of SGLang's", f"did you mean {near[0]}?" if near else "")
 
     def _checkpoint_allows(self, where: str, entry: ModelEntry) -> None:
         shape = self._shapes.get(where)

@@ -40,6 +40,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     keep_alive_s: float | None = None
     """Idle time after which the model may leave; `None` leaves that to the policy."""
     drain_s: float = 30.0
+    tool_call_parser: str | None = None
+    """How it writes calls, in SGLang's words; `auto` or `None`: as its chat template suggests, when a request has tools."""
+    reasoning_parser: str | None = None
+    """How it sets its thoughts apart; `None`: they are not told apart from what it says."""
+    embedding: bool = False
+    """It makes embeddings, and no text."""
     engine: str = "sglang"
     engine_args: dict[str, Any] = {}
 

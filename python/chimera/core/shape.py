@@ -93,6 +93,8 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
     """The measures of one model, whatever the machine it will run on."""
 
     architecture: str
+    generates: bool = True
+    """Else it has no head, and makes embeddings."""
     context_length: int
     dtype: str
     """What `auto` stands for: the checkpoint's type, halved where SGLang would halve it."""
@@ -164,6 +166,7 @@ def shape_of(config: Mapping[str, Any]) -> ModelShape:
     kv_heads, kv_head_elements = traits.kv(keys)
     return ModelShape(
         architecture=architecture,
+        generates=traits.head,
         context_length=keys.context_length(),
         dtype=keys.dtype(),
         quantization=quantization_of(config),
@@ -260,6 +263,7 @@ class _Traits(msgspec.Struct, frozen=True, kw_only=True):
     out_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    head: bool = True
 
 
 def _model(keys: _Keys, traits: _Traits, layers: int) -> Iterator[Weight]:
@@ -272,7 +276,7 @@ def _model(keys: _Keys, traits: _Traits, layers: int) -> Iterator[Weight]:
         for norm in traits.norms:
             yield Weight(name=f"{at}.{norm}", out=hidden)
     yield Weight(name="model.norm", out=hidden)
-    if not keys.flag("tie_word_embeddings", traits.tied):
+    if traits.head and not keys.flag("tie_word_embeddings", traits.tied):
         yield Weight(name="lm_head", out=vocabulary, into=hidden, split=Split.VOCABULARY)
 
 
@@ -430,6 +434,11 @@ def _deepseek(keys: _Keys) -> _Traits:
     return _Traits(attention=_latent_attention, mlp=_deepseek_mlp, kv=_kv_of_latent, qkv_bias=bias, out_bias=bias)
 
 
+def _trunk(traits: Callable[[_Keys], _Traits]) -> Callable[[_Keys], _Traits]:
+    """A decoder without its head, for embeddings."""
+    return lambda keys: msgspec.structs.replace(traits(keys), head=False)
+
+
 _ARCHITECTURES: dict[str, Callable[[_Keys], _Traits]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _plain,
@@ -443,4 +452,7 @@ _ARCHITECTURES: dict[str, Callable[[_Keys], _Traits]] = {
     "Gemma3ForCausalLM": _gemma3,
     "DeepseekV2ForCausalLM": _deepseek,
     "DeepseekV3ForCausalLM": _deepseek,
+    "LlamaEmbeddingModel": _trunk(_llama),
+    "MistralModel": _trunk(_plain),
+    "Qwen3Model": _trunk(_qwen3),
 }

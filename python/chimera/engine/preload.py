@@ -37,7 +37,8 @@ def preload(name: str, images: WeightStore | None = None) -> Callable[[], Engine
 
 
 def _preload_sglang(images: WeightStore | None) -> Callable[[], Engine]:
-    from chimera.engine.sglang import standins, versions
+    from chimera import standins
+    from chimera.engine.sglang import versions
 
     versions.require_supported()
     _hush_sglang()

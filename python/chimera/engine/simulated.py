@@ -7,6 +7,7 @@ kept: a step serves every running request, prefills join as slots come free, and
 from __future__ import annotations
 
 import math
+import struct
 import time
 import zlib
 from collections import deque
@@ -58,6 +59,12 @@ def token_after(model: str, prompt: Sequence[int], made: int, vocabulary: int) -
     return 97 + seed % 26 if vocabulary <= 256 else seed % vocabulary
 
 
+def embedding_of(model: str, prompt: Sequence[int]) -> bytes:
+    """The rule for prompts that are to be embedded: four numbers that follow from them."""
+    seed = zlib.crc32(f"{model}:{prompt}".encode())
+    return struct.pack("<4f", *(((seed >> shift) & 0xFF) / 255 for shift in (0, 8, 16, 24)))
+
+
 class SimulatedEngine:
     def __init__(self) -> None:
         self._costs = Costs()
@@ -92,7 +99,7 @@ class SimulatedEngine:
         while True:
             wait_s = 0.0 if self._running else _LOOK_AGAIN_S if self._waiting else None
             for order in post.collect(wait_s):
-                self._take(order)
+                self._take(order, post)
             self._yield_memory(post)
             admitted = self._fill_batch()
             if not self._running:
@@ -122,8 +129,10 @@ class SimulatedEngine:
         self._running.clear()
         self._model = ""
 
-    def _take(self, order: Order) -> None:
+    def _take(self, order: Order, post: Post) -> None:
         match order:
+            case Submission(request_id, payload) if payload.sampling.grammar is not None:
+                post.fail(request_id, "unsupported_parameter", "the simulated engine holds no answer to a form")
             case Submission():
                 self._waiting.append(order)
             case Withdrawal(request_id):
@@ -165,6 +174,10 @@ class SimulatedEngine:
 
     def _step(self, running: _Running) -> TokenDelta:
         payload = running.submission.payload
+        if payload.embeds:
+            del self._running[running.submission.request_id]
+            embedding = embedding_of(self._model, payload.input_ids)
+            return TokenDelta(running.submission.request_id, [], Outcome.STOP, embedding=embedding)
         token = token_after(self._model, payload.input_ids, running.made, self._costs.vocabulary)
         running.made += 1
         running.tokens_left -= 1

@@ -6,6 +6,8 @@ engine; dispatcher and agents carry it as opaque bytes beside the `Request` they
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 from chimera.core.ledger_view import LedgerView
@@ -15,6 +17,13 @@ from chimera.core.request import Request
 from chimera.core.snapshot import Snapshot
 from chimera.msg.actions import Activate, Route
 from chimera.msg.events import Outcome, ReplicaReady
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """The form that an answer must have; an engine lets no other token through."""
+
+    kind: Literal["json_schema", "regex", "ebnf", "structural_tag"]
+    text: str
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -32,6 +41,8 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logit_bias: dict[int, float] | None = None
+    grammar: Grammar | None = None
 
 
 class Payload(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +52,10 @@ class Payload(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling
     logprobs: int | None = None
     """How many alternatives to report per token; `None` reports no log-probabilities."""
+    resumed_tokens: int = 0
+    """How many of the last input tokens are the answer's own, from an earlier try: a grammar has been through them."""
+    embeds: bool = False
+    """Wants the prompt's embedding, and no token."""
 
 
 class Stream(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -119,6 +134,8 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True, gc=False):
     cached_tokens: int = 0
     matched_stop: int | None = None
     logprobs: list[TokenLogprobs] | None = None
+    embedding: bytes | None = None
+    """Of the whole prompt: float32, lowest byte first."""
 
 
 class Tokens(Stream, frozen=True, kw_only=True):

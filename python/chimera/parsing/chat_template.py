@@ -29,11 +29,17 @@ class ChatTemplate:
             raise ConfigError.single(
                 path, f"the chat template does not compile: {fault.message}", where=f"line {fault.lineno}"
             ) from None
+        self.source = source
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any] | None = None) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The chat as text, up to where the assistant begins to speak. `extra` are the template's own switches."""
-        words = {**(extra or {}), **self._special_tokens, "messages": messages, "tools": None, "documents": None}
+        words = {**(extra or {}), **self._special_tokens, "messages": messages, "tools": tools, "documents": None}
         try:
             return self._template.render(**words, add_generation_prompt=True)
         except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError, ArithmeticError) as fault:

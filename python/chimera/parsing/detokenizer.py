@@ -31,12 +31,13 @@ class Detokenizer(Protocol):
 
 
 class TokenBytes(dict[int, bytes]):
-    """The bytes of every token of a byte-level vocabulary, filled in as tokens are met. Special tokens have none."""
+    """The bytes of every token of a byte-level vocabulary, filled in as they are met. Special ones have none, unless wanted."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, special: bool = False) -> None:
         super().__init__()
         self._tokenizer = tokenizer
-        self._special = {i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+        added = tokenizer.get_added_tokens_decoder().items()
+        self._special = set() if special else {i for i, token in added if token.special}
 
     def __missing__(self, token_id: int) -> bytes:
         token = None if token_id in self._special else self._tokenizer.id_to_token(token_id)
@@ -78,10 +79,11 @@ class WindowDetokenizer:
     `_ids[:_read]` has been shown; `_ids[_read:]` waits for the rest of its last character.
     """
 
-    __slots__ = ("_ids", "_read", "_tokenizer")
+    __slots__ = ("_hides_special", "_ids", "_read", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, special: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._hides_special = not special
         self._ids = list(prompt_ids[-_TAIL:])
         self._read = len(self._ids)
 
@@ -103,8 +105,8 @@ class WindowDetokenizer:
         return news
 
     def _news(self) -> str:
-        shown = self._tokenizer.decode(self._ids[: self._read])
-        return str(self._tokenizer.decode(self._ids)[len(shown) :])
+        shown = self._tokenizer.decode(self._ids[: self._read], skip_special_tokens=self._hides_special)
+        return str(self._tokenizer.decode(self._ids, skip_special_tokens=self._hides_special)[len(shown) :])
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders
 from chimera.errors import ConfigError, RequestError
 from chimera.parsing.chat_template import ChatTemplate
 from chimera.parsing.detokenizer import ByteDetokenizer, Detokenizer, TokenBytes, WindowDetokenizer
+from chimera.parsing.tools import Toolbox
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
@@ -30,6 +31,8 @@ class ModelTokenizer:
         self._tokenizer = tokenizer
         self._template = template
         self._token_bytes = TokenBytes(tokenizer) if isinstance(tokenizer.decoder, decoders.ByteLevel) else None
+        self._special_bytes: TokenBytes | None = None
+        """With the special tokens, once somebody needs them."""
         self.vocabulary_size: int = tokenizer.get_vocab_size()
 
     @classmethod
@@ -56,13 +59,36 @@ class ModelTokenizer:
         """A plain prompt, with the tokens that the model expects around every text."""
         return self._encode(text, add_special_tokens=True)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]], extra: Mapping[str, Any] | None = None) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        extra: Mapping[str, Any] | None = None,
+        toolbox: Toolbox | None = None,
+    ) -> list[int]:
         """A chat, up to where the assistant begins to speak. The template writes its special tokens itself."""
         if self._template is None:
             raise RequestError(
                 "bad_request", "the model has no chat template; it can only complete plain prompts", param="messages"
             )
-        return self._encode(self._template.render(messages, extra), add_special_tokens=False)
+        tools = None if toolbox is None else [tool.plain() for tool in toolbox.tools]
+        return self._encode(self._template.render(messages, extra, tools), add_special_tokens=False)
+
+    @property
+    def template_source(self) -> str | None:
+        """The chat template as it is written."""
+        return None if self._template is None else self._template.source
+
+    @property
+    def vocabulary(self) -> set[str]:
+        return set(self._tokenizer.get_vocab())
+
+    @property
+    def special_tokens(self) -> set[str]:
+        return {token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special}
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """With special tokens as they are written."""
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
 
     def spell(self, token_id: int) -> bytes:
         """One token by itself, a special one too: maybe only a part of a character."""
@@ -71,11 +97,13 @@ class ModelTokenizer:
             spelled = str(self._tokenizer.decode([token_id], skip_special_tokens=False)).encode()
         return spelled
 
-    def detokenizer(self, prompt_ids: Sequence[int]) -> Detokenizer:
-        """For the answer to this prompt."""
-        if self._token_bytes is not None:
-            return ByteDetokenizer(self._token_bytes)
-        return WindowDetokenizer(self._tokenizer, prompt_ids)
+    def detokenizer(self, prompt_ids: Sequence[int], *, special: bool = False) -> Detokenizer:
+        """For the answer to this prompt; special tokens are left out, or spelled as they are written."""
+        if self._token_bytes is None:
+            return WindowDetokenizer(self._tokenizer, prompt_ids, special=special)
+        if special and self._special_bytes is None:
+            self._special_bytes = TokenBytes(self._tokenizer, special=True)
+        return ByteDetokenizer(self._special_bytes if special and self._special_bytes is not None else self._token_bytes)
 
     def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         # A batch of one: unlike `encode`, it lets other threads run meanwhile.

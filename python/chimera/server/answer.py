@@ -50,6 +50,11 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """How many other tokens to report beside each, with log-probabilities; `None` reports none."""
     slo: Slo = Slo()
     priority: int = 0
+    form_field: str | None = None
+    """The client's field that asks for a form, if one does: an engine that cannot keep to the form blames it."""
+
+    embeds: bool = False
+    """The answer is the prompt's embedding."""
 
 
 class Answer:
@@ -61,6 +66,7 @@ class Answer:
         "_stops",
         "arrived_s",
         "cached_tokens",
+        "embedding",
         "emitted",
         "finish",
         "index",
@@ -96,6 +102,8 @@ class Answer:
         self.logprobs: list[TokenLogprobs] = []
         """Of the emitted tokens, when they are wanted."""
         self.cached_tokens = 0
+        self.embedding = b""
+        """When that is what is wanted: float32, lowest byte first."""
         self.finish: Finish | None = None
         self.tries = 0
         self.source: object | None = None
@@ -136,7 +144,13 @@ class Answer:
             emitted_tokens=len(self.emitted),
             tries=self.tries,
         )
-        payload = Payload(input_ids=prompt_ids, sampling=sampling, logprobs=self.terms.alternatives)
+        payload = Payload(
+            input_ids=prompt_ids,
+            sampling=sampling,
+            logprobs=self.terms.alternatives,
+            resumed_tokens=len(self.emitted),
+            embeds=self.terms.embeds,
+        )
         return Enqueue(request=request, payload=_encode_payload(payload))
 
     def take(self, delta: TokenDelta) -> bool:
@@ -160,6 +174,7 @@ class Answer:
         token_ids = delta.token_ids
         self.emitted += token_ids
         self.cached_tokens = delta.cached_tokens
+        self.embedding = delta.embedding or b""
         if delta.matched_stop is not None and token_ids and token_ids[-1] == delta.matched_stop:
             token_ids = token_ids[:-1]
         if delta.logprobs is not None:
@@ -177,6 +192,10 @@ class Answer:
         self._close(Finish(outcome, matched), text)
 
     def fail(self, error: RequestError) -> None:
+        field = self.terms.form_field
+        if field is not None and error.code in ("bad_request", "unsupported_parameter"):
+            # Of a request that came so far, only the form can still be wrong.
+            error = RequestError(error.code, f"{field}: {error.message}", param=field)
         self._reader.fail(error)
 
     def _close(self, finish: Finish, text: str) -> None:

@@ -1,40 +1,41 @@
-"""Anthropic's words for a chat: `/v1/messages` and its `count_tokens`. Knows no socket.
-
-Content is a list of blocks; ours is one block of text. A stream is a sequence of named events around it.
-"""
+"""`/v1/messages` and its `count_tokens`: Anthropic's words for a chat; what a client asks. Knows no socket."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
 
 from chimera.errors import RequestError
-from chimera.msg.events import Outcome
-from chimera.msg.stream import Sampling
+from chimera.msg.stream import Grammar
 from chimera.parsing.tokenizer import ModelTokenizer
+from chimera.parsing.tools import Hearing, Tool, Toolbox
 from chimera.server import intake
-from chimera.server.answer import Answer
-from chimera.server.errors import anthropic_error_body
-from chimera.server.intake import Nucleus, OurWords, Positive, TopK
+from chimera.server.anthropic_told import MessagesDialect
+from chimera.server.conversation import plain_text
+from chimera.server.openai import json
 from chimera.server.readers import Dialect
+from chimera.server.words import OurWords, Positive
 
-_json = msgspec.json.Encoder().encode
-
-_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ({"type": "none"}, {"type": "auto"}),
-    "thinking": ({"type": "disabled"},),
-    "mcp_servers": ([],),
-    "container": (),
-    "output_format": (),
-}
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {"mcp_servers": ([],), "container": ()}
 """Known and not served, with the values that ask for nothing."""
 
 
 class Block(msgspec.Struct, frozen=True, kw_only=True):
-    """A piece of content."""
+    """A piece of content: text, a thought, a call, or what came of one."""
+
+    type: str
+    text: str | None = None
+    thinking: str = ""
+    id: str = ""
+    name: str = ""
+    input: dict[str, Any] = {}
+    tool_use_id: str = ""
+    content: str | list[InnerBlock] | None = None
+
+
+class InnerBlock(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of what came of a call."""
 
     type: str
     text: str | None = None
@@ -45,46 +46,72 @@ class Turn(msgspec.Struct, frozen=True, kw_only=True):
     content: str | list[Block]
 
 
-class CountRequest(OurWords, frozen=True, kw_only=True):
+class ToolOffered(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    type: str | None = None
+    strict: bool | None = None
+
+
+class ToolWish(msgspec.Struct, frozen=True, kw_only=True):
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class ThinkingWish(msgspec.Struct, frozen=True, kw_only=True):
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: int | None = None
+
+
+class OutputFormat(msgspec.Struct, frozen=True, kw_only=True):
+    type: Literal["json_schema"]
+    form: dict[str, Any] = msgspec.field(name="schema")
+
+
+class OutputConfig(msgspec.Struct, frozen=True, kw_only=True):
+    format: OutputFormat | None = None
+
+
+class CountRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a prompt is made of; all that `count_tokens` takes."""
 
     model: str
     messages: list[Turn]
     system: str | list[Block] | None = None
-    # Known, and not served yet.
-    tools: Any = None
-    tool_choice: Any = None
-    thinking: Any = None
+    tools: list[ToolOffered] | None = None
+    tool_choice: ToolWish | None = None
+    thinking: ThinkingWish | None = None
+
+    def check(self) -> None:
+        check(self.tools)
+
+    def prompts(self, tokenizer: ModelTokenizer) -> list[list[int]]:
+        return [_prompt(self, tokenizer)]
+
+
+class MessagesRequest(OurWords, frozen=True, kw_only=True):
+    messages: list[Turn]
+    system: str | list[Block] | None = None
+    tools: list[ToolOffered] | None = None
+    tool_choice: ToolWish | None = None
+    thinking: ThinkingWish | None = None
+    max_tokens: Positive
+    stop_sequences: list[str] | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    output_format: OutputFormat | None = None
+    output_config: OutputConfig | None = None
+    # Known, and not served.
+    container: Any = None
     mcp_servers: Any = None
 
     def check(self) -> None:
-        intake.refuse_unsupported(self, {name: _UNSUPPORTED[name] for name in self.__struct_fields__ if name in _UNSUPPORTED})
-
-    def prompts(self, tokenizer: ModelTokenizer) -> list[list[int]]:
-        if not self.messages:
-            raise RequestError("bad_request", "messages: there is none", param="messages")
-        chat = [
-            {"role": turn.role, "content": _plain(turn.content, f"messages[{i}].content")}
-            for i, turn in enumerate(self.messages)
-        ]
-        if self.system:
-            chat.insert(0, {"role": "system", "content": _plain(self.system, "system")})
-        return [tokenizer.encode_chat(chat)]
-
-
-class MessagesRequest(CountRequest, frozen=True, kw_only=True):
-    max_tokens: Positive
-    stream: bool = False
-    stop_sequences: list[str] | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
-    top_p: Nucleus | None = None
-    top_k: TopK | None = None
-    # Known, and not served yet.
-    container: Any = None
-    output_format: Any = None
+        intake.refuse_unsupported(self, _UNSUPPORTED)
+        check(self.tools)
 
     @property
-    def stop(self) -> list[str] | None:
+    def stops(self) -> list[str] | None:
         return self.stop_sequences
 
     @property
@@ -95,93 +122,85 @@ class MessagesRequest(CountRequest, frozen=True, kw_only=True):
     def prompt_field(self) -> str:
         return "messages"
 
-    def sampling(self, max_new_tokens: int) -> Sampling:
-        return Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=self.top_p or 1.0,
-            top_k=self.top_k or -1,
-        )
+    @property
+    def form(self) -> tuple[str, Grammar] | None:
+        wish = self.output_format or (None if self.output_config is None else self.output_config.format)
+        if wish is None:
+            return super().form
+        field = "output_format" if self.output_format else "output_config.format"
+        return field, Grammar("json_schema", json(wish.form).decode())
 
-    def dialect(self, request_id: str, tokenizer: ModelTokenizer) -> Dialect:
-        return MessagesDialect(self.model, f"msg_{request_id}")
+    @property
+    def toolbox(self) -> Toolbox | None:
+        return toolbox(self.tools, self.tool_choice)
 
+    @property
+    def tells_thoughts(self) -> bool:
+        return True
 
-class MessagesDialect:
-    """How `/v1/messages` answers."""
+    def prompts(self, tokenizer: ModelTokenizer) -> list[list[int]]:
+        return [_prompt(self, tokenizer)]
 
-    def __init__(self, model: str, name: str) -> None:
-        self._model = model
-        self._name = name
-        self._begun = False
-
-    def piece(self, text: str, answer: Answer) -> bytes:
-        delta = _event("content_block_delta", {"index": 0, "delta": {"type": "text_delta", "text": text}})
-        return delta if self._begun else self._opening(answer) + delta
-
-    def close(self, text: str, answer: Answer) -> bytes:
-        last = self.piece(text, answer) if text else b"" if self._begun else self._opening(answer)
-        ending = _event("message_delta", {"delta": _ending(answer), "usage": _usage(answer)})
-        return last + _event("content_block_stop", {"index": 0}) + ending
-
-    def done(self, answers: Sequence[Answer]) -> bytes:
-        return _event("message_stop", {})
-
-    def failure(self, error: RequestError) -> bytes:
-        return b"event: error\ndata: %b\n\n" % anthropic_error_body(error)
-
-    def whole(self, texts: Sequence[str], answers: Sequence[Answer]) -> bytes:
-        [text], [answer] = texts, answers
-        return _json(self._message([{"type": "text", "text": text}], answer))
-
-    def _opening(self, answer: Answer) -> bytes:
-        self._begun = True
-        start = _event("message_start", {"message": self._message([], answer)})
-        return start + _event("content_block_start", {"index": 0, "content_block": {"type": "text", "text": ""}})
-
-    def _message(self, content: list[dict[str, Any]], answer: Answer) -> dict[str, Any]:
-        return {
-            "id": self._name,
-            "type": "message",
-            "role": "assistant",
-            "model": self._model,
-            "content": content,
-            **_ending(answer),
-            "usage": _usage(answer),
-        }
+    def dialect(self, request_id: str, tokenizer: ModelTokenizer, hearing: Hearing | None) -> Dialect:
+        return MessagesDialect(self.model, f"msg_{request_id}", hearing, tells_thoughts=_thinks(self.thinking))
 
 
-def _event(name: str, body: dict[str, Any]) -> bytes:
-    return b"event: %b\ndata: %b\n\n" % (name.encode(), _json({"type": name, **body}))
+def check(tools: list[ToolOffered] | None) -> None:
+    for n, tool in enumerate(tools or ()):
+        if tool.type not in (None, "custom"):
+            told = f"tools[{n}]: a tool of type {tool.type!r} is not supported by this server"
+            raise RequestError("unsupported_parameter", told, param=f"tools[{n}]")
 
 
-def _ending(answer: Answer) -> dict[str, Any]:
-    match answer.finish:
-        case None:
-            return {"stop_reason": None, "stop_sequence": None}
-        case finish if finish.reason is Outcome.LENGTH:
-            return {"stop_reason": "max_tokens", "stop_sequence": None}
-        case finish if isinstance(finish.matched, str):
-            return {"stop_reason": "stop_sequence", "stop_sequence": finish.matched}
-        case _:
-            return {"stop_reason": "end_turn", "stop_sequence": None}
+def toolbox(tools: list[ToolOffered] | None, wish: ToolWish | None) -> Toolbox | None:
+    offered = [
+        Tool(name=tool.name, description=tool.description, parameters=tool.input_schema, strict=bool(tool.strict))
+        for tool in tools or ()
+    ]
+    if wish is None:
+        return intake.toolbox(offered, None, None, parallel=True)
+    choices: dict[str, Literal["none", "auto", "required", "named"]]
+    choices = {"none": "none", "auto": "auto", "any": "required", "tool": "named"}
+    return intake.toolbox(offered, choices[wish.type], wish.name, parallel=not wish.disable_parallel_tool_use)
 
 
-def _usage(answer: Answer) -> dict[str, int]:
-    """Here what came from the cache is counted apart from the input."""
-    return {
-        "input_tokens": len(answer.prompt_ids) - answer.cached_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": answer.cached_tokens,
-        "output_tokens": len(answer.emitted),
-    }
+def _thinks(wish: ThinkingWish | None) -> bool:
+    return wish is not None and wish.type != "disabled"
 
 
-def _plain(content: str | list[Block], where: str) -> str:
-    if isinstance(content, str):
-        return content
-    for block in content:
-        if block.type != "text":
-            told = f"{where}: a block of type {block.type!r} is not supported by this server"
-            raise RequestError("unsupported_parameter", told, param=where)
-    return "".join(block.text or "" for block in content)
+def _prompt(request: CountRequest | MessagesRequest, tokenizer: ModelTokenizer) -> list[int]:
+    if not request.messages:
+        raise RequestError("bad_request", "messages: there is none", param="messages")
+    chat: list[dict[str, Any]] = []
+    if request.system:
+        chat.append({"role": "system", "content": plain_text(request.system, "system")})
+    for i, turn in enumerate(request.messages):
+        chat += _said(turn, f"messages[{i}].content")
+    # What hybrid models call their switch; a template that has none ignores it.
+    thinks = _thinks(request.thinking)
+    switches = {"enable_thinking": thinks, "thinking": thinks}
+    return tokenizer.encode_chat(chat, switches, toolbox(request.tools, request.tool_choice))
+
+
+def _said(turn: Turn, where: str) -> list[dict[str, Any]]:
+    """As chat templates take it: what came of calls are messages of their own, before what the user says to it."""
+    if isinstance(turn.content, str):
+        return [{"role": turn.role, "content": turn.content}]
+    results: list[dict[str, Any]] = []
+    calls: list[dict[str, Any]] = []
+    text: list[Block] = []
+    for n, block in enumerate(turn.content):
+        match block.type:
+            case "tool_result":
+                said = plain_text(block.content, f"{where}[{n}].content")
+                results.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": said})
+            case "tool_use":
+                calls.append({"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.input}})
+            case "thinking" | "redacted_thinking":
+                pass  # a model is not shown its earlier thoughts
+            case _:
+                text.append(block)
+    if results and not text:
+        return results
+    message: dict[str, Any] = {"role": turn.role, "content": plain_text(text, where)}
+    return [*results, {**message, "tool_calls": calls} if calls else message]

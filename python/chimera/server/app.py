@@ -8,32 +8,40 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
 from aiohttp import web
-from aiohttp.typedefs import Handler
 
 from chimera.core.ledger_view import LedgerView
 from chimera.core.model import ModelSpec
 from chimera.core.replica import ReplicaState
+from chimera.core.snapshot import Snapshot
 from chimera.errors import RequestError
-from chimera.msg.stream import Sampling
-from chimera.server import intake
+from chimera.msg.stream import Grammar, Sampling
+from chimera.server import embeddings, intake, openapi
 from chimera.server.answer import Answer, Terms
 from chimera.server.anthropic import CountRequest, MessagesRequest
+from chimera.server.anthropic_told import AnthropicMessage, MessageEvent, TokenCount
 from chimera.server.bodies import MAX_BODY_BYTES, json_response, read_body
 from chimera.server.catalogue import Catalogue
+from chimera.server.chat import ChatChunk, ChatCompletion, ChatRequest
+from chimera.server.completions import CompletionObject, CompletionRequest
 from chimera.server.desk import Desk
+from chimera.server.embeddings import EmbeddingRequest, Embeddings, Encoded, EncodeRequest
 from chimera.server.errors import error_response, refusal_response
-from chimera.server.gate import GUEST, Gate
+from chimera.server.gate import GUEST, Gate, Guest
 from chimera.server.intake import CompletionWish
-from chimera.server.native import GenerateRequest
-from chimera.server.openai import ChatRequest, CompletionRequest
+from chimera.server.native import Generated, GenerateRequest
 from chimera.server.operator import Operator
 from chimera.server.readers import EventStream, FirstToken, WholeBody
 from chimera.server.relay import Relay
 from chimera.server.responses import ResponsesRequest
+from chimera.server.responses_told import Response, ResponseEvent
+from chimera.server.routes import ABOUT_A_MODEL, ANSWERED_BY_AN_ENGINE, Handler, Route
+
+if TYPE_CHECKING:
+    from chimera.parsing.sglang_parsers import SglangHearing
 
 _PROBE_WITHIN_S = 20.0
 _ASIDE_BYTES = 4096
@@ -43,12 +51,29 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
-    model: str
-
-
 _count_decoder = msgspec.json.Decoder(CountRequest)
-_embedding_decoder = msgspec.json.Decoder(EmbeddingRequest)
+
+
+class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "chimera"
+    root: str
+    parent: str | None = None
+    max_model_len: int
+
+
+class ModelList(msgspec.Struct, frozen=True, kw_only=True):
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    status: Literal["ok"]
+    model: str | None = None
+    """Which made a token."""
+    seconds: float | None = None
 
 
 class App:
@@ -59,29 +84,143 @@ class App:
         self._catalogue = catalogue
         self._desk = desk
         self._relay = relay
+        self._operator = Operator(catalogue, relay)
+        self._document = b""
+
+    def routes(self) -> list[Route]:
+        mine = [
+            Route(
+                method="POST",
+                path="/v1/chat/completions",
+                what="A chat, as OpenAI's",
+                handler=self._completing(ChatRequest),
+                takes=ChatRequest,
+                gives=ChatCompletion,
+                streams=ChatChunk,
+                fails=ANSWERED_BY_AN_ENGINE,
+            ),
+            Route(
+                method="POST",
+                path="/v1/completions",
+                what="A text to go on with, as OpenAI's",
+                handler=self._completing(CompletionRequest),
+                takes=CompletionRequest,
+                gives=CompletionObject,
+                streams=CompletionObject,
+                fails=ANSWERED_BY_AN_ENGINE,
+            ),
+            Route(
+                method="POST",
+                path="/v1/responses",
+                what="A chat, as OpenAI's newer API; nothing is stored",
+                handler=self._completing(ResponsesRequest),
+                takes=ResponsesRequest,
+                gives=Response,
+                streams=ResponseEvent,
+                fails=ANSWERED_BY_AN_ENGINE,
+            ),
+            Route(
+                method="POST",
+                path="/v1/messages",
+                what="A chat, as Anthropic's",
+                handler=self._completing(MessagesRequest),
+                takes=MessagesRequest,
+                gives=AnthropicMessage,
+                streams=MessageEvent,
+                fails=ANSWERED_BY_AN_ENGINE,
+            ),
+            Route(
+                method="POST",
+                path="/v1/messages/count_tokens",
+                what="How many tokens a prompt has, as Anthropic's",
+                handler=self._count_tokens,
+                takes=CountRequest,
+                gives=TokenCount,
+                fails=ABOUT_A_MODEL,
+            ),
+            Route(
+                method="POST",
+                path="/v1/embeddings",
+                what="Embeddings of texts, as OpenAI's",
+                handler=self._embedding(EmbeddingRequest),
+                takes=EmbeddingRequest,
+                gives=Embeddings,
+                fails=ANSWERED_BY_AN_ENGINE,
+            ),
+            Route(
+                method="POST",
+                path="/encode",
+                what="The embedding of a text, as SGLang's",
+                handler=self._embedding(EncodeRequest),
+                takes=EncodeRequest,
+                gives=Encoded,
+                fails=ANSWERED_BY_AN_ENGINE,
+            ),
+            Route(
+                method="POST",
+                path="/generate",
+                what="A text to go on with, as SGLang's; `model` is needed where there are several",
+                handler=self._completing(GenerateRequest),
+                takes=GenerateRequest,
+                gives=Generated | list[Generated],
+                streams=Generated,
+                fails=ANSWERED_BY_AN_ENGINE,
+            ),
+            Route(method="GET", path="/v1/models", what="The models there are", handler=self._models, gives=ModelList),
+            Route(
+                method="GET",
+                path="/v1/models/{name}",
+                what="One model",
+                handler=self._model,
+                gives=ModelCard,
+                fails=ABOUT_A_MODEL,
+            ),
+            Route(method="GET", path="/health", what="Whether requests are taken", handler=self._health, gives=Health),
+            Route(
+                method="GET",
+                path="/health_generate",
+                what="Whether a model makes tokens",
+                handler=self._health_generate,
+                gives=Health,
+                fails=ANSWERED_BY_AN_ENGINE,
+            ),
+            Route(
+                method="GET",
+                path="/snapshot",
+                what="The state of the whole system",
+                handler=self._snapshot,
+                gives=Snapshot,
+                fails=(504,),
+            ),
+            Route(
+                method="GET",
+                path="/ledger",
+                what="Who holds how much of each GPU",
+                handler=self._ledger,
+                gives=LedgerView,
+                fails=(504,),
+            ),
+            Route(
+                method="GET",
+                path="/openapi.json",
+                what="This document",
+                handler=self._openapi,
+                gives=dict[str, Any],
+            ),
+        ]
+        return mine + self._operator.routes()
 
     def build(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_in_one_shape, self._gate.middleware])
         app.on_response_prepare.append(self._gate.on_prepare)
-        app.add_routes(
-            [
-                web.post("/v1/chat/completions", partial(self._complete, msgspec.json.Decoder(ChatRequest))),
-                web.post("/v1/completions", partial(self._complete, msgspec.json.Decoder(CompletionRequest))),
-                web.post("/v1/responses", partial(self._complete, msgspec.json.Decoder(ResponsesRequest))),
-                web.post("/v1/messages", partial(self._complete, msgspec.json.Decoder(MessagesRequest))),
-                web.post("/v1/messages/count_tokens", self._count_tokens),
-                web.post("/v1/embeddings", self._embeddings),
-                web.get("/v1/models", self._models),
-                web.get("/v1/models/{name:.+}", self._model),
-                web.post("/generate", partial(self._complete, msgspec.json.Decoder(GenerateRequest))),
-                web.get("/health", self._health),
-                web.get("/health_generate", self._health_generate),
-                web.get("/snapshot", self._snapshot),
-                web.get("/ledger", self._ledger),
-            ]
-        )
-        app.add_routes(Operator(self._catalogue, self._relay).routes())
+        routes = self.routes()
+        self._document = msgspec.json.encode(openapi.document(routes))
+        self._gate.guard(routes)
+        app.add_routes([route.definition() for route in routes])
         return app
+
+    def _completing(self, kind: type[CompletionWish]) -> Handler:
+        return partial(self._complete, msgspec.json.Decoder(kind))
 
     async def _complete(self, decoder: msgspec.json.Decoder[CompletionWish], http: web.Request) -> web.StreamResponse:
         arrived_s = time.monotonic()
@@ -90,34 +229,85 @@ class App:
         body = await read_body(http)
         wish = intake.decode(body, decoder)
         wish.check()
-        stops = intake.stop_strings(wish.stop)
-        spec = self._catalogue.resolve(wish.model)
-        guest.require(spec.name)
+        stops = intake.stop_strings(wish.stops)
+        spec = self._asked_for(wish.model, guest, embeds=False)
         tokenizer = await self._catalogue.tokenizer(spec)
         prompts = await _aside(len(body), partial(wish.prompts, tokenizer))
-        terms = intake.terms(spec, wish, prompts)
-        guest.charge(sum(map(len, prompts)))
+        hearing = await self._catalogue.hearing(spec, wish, tokenizer, prompts[0])
+        terms = intake.terms(spec, wish, prompts, tokenizer, _form(wish, hearing))
         request_id = uuid.uuid4().hex
-        dialect = wish.dialect(request_id, tokenizer)
+        dialect = wish.dialect(request_id, tokenizer, hearing)
         reader = EventStream(dialect, len(terms)) if wish.stream else WholeBody(dialect, len(terms))
-        answers = []
-        for index, one in enumerate(terms):
-            prompt_ids = prompts[index // wish.choices]
-            answers.append(
-                Answer(
-                    request_id=f"{request_id}-{index}" if index else request_id,
-                    model=spec.name,
-                    prompt_ids=prompt_ids,
-                    terms=one,
-                    detokenizer=tokenizer.detokenizer(prompt_ids),
-                    stops=stops,
-                    reader=reader,
-                    arrived_s=arrived_s,
-                    index=index,
-                )
+        special = hearing is not None and hearing.needs_special_tokens
+        answers = [
+            Answer(
+                request_id=f"{request_id}-{index}" if index else request_id,
+                model=spec.name,
+                prompt_ids=prompts[index // wish.choices],
+                terms=one,
+                detokenizer=tokenizer.detokenizer(prompts[index // wish.choices], special=special),
+                stops=stops,
+                reader=reader,
+                arrived_s=arrived_s,
+                index=index,
             )
+            for index, one in enumerate(terms)
+        ]
+        return await self._answered(http, guest, prompts, answers, reader.respond(http, {"x-request-id": request_id}))
+
+    def _embedding(self, kind: type[EmbeddingRequest | EncodeRequest]) -> Handler:
+        return partial(self._embed, msgspec.json.Decoder(kind))
+
+    async def _embed(
+        self, decoder: msgspec.json.Decoder[EmbeddingRequest | EncodeRequest], http: web.Request
+    ) -> web.StreamResponse:
+        arrived_s = time.monotonic()
+        guest = http[GUEST]
+        guest.admit()
+        body = await read_body(http)
+        request = intake.decode(body, decoder)
+        request.check()
+        spec = self._asked_for(request.model, guest, embeds=True)
+        tokenizer = await self._catalogue.tokenizer(spec)
+        prompts = await _aside(len(body), partial(request.prompts, tokenizer))
+        terms = embeddings.terms(spec, request, prompts)
+        request_id = uuid.uuid4().hex
+        reader = WholeBody(request.dialect(request_id), len(terms))
+        answers = [
+            Answer(
+                request_id=f"{request_id}-{index}" if index else request_id,
+                model=spec.name,
+                prompt_ids=prompts[index],
+                terms=one,
+                detokenizer=tokenizer.detokenizer(()),
+                stops=(),
+                reader=reader,
+                arrived_s=arrived_s,
+                index=index,
+            )
+            for index, one in enumerate(terms)
+        ]
+        return await self._answered(http, guest, prompts, answers, reader.respond(http, {"x-request-id": request_id}))
+
+    def _asked_for(self, name: str | None, guest: Guest, *, embeds: bool) -> ModelSpec:
+        spec = self._catalogue.resolve(name)
+        guest.require(spec.name)
+        if spec.embedding != embeds:
+            told = "makes embeddings; it generates no text" if spec.embedding else "generates text; it makes no embeddings"
+            raise RequestError("unsupported_parameter", f"{spec.name} {told}", param="model")
+        return spec
+
+    async def _answered(
+        self,
+        http: web.Request,
+        guest: Guest,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Answer],
+        response: Awaitable[web.StreamResponse],
+    ) -> web.StreamResponse:
+        guest.charge(sum(map(len, prompts)))
         try:
-            return await self._wait_for(answers, reader.respond(http, {"x-request-id": request_id}))
+            return await self._wait_for(answers, response)
         finally:
             guest.charge(sum(len(answer.emitted) for answer in answers))
 
@@ -130,12 +320,6 @@ class App:
         tokenizer = await self._catalogue.tokenizer(spec)
         [prompt_ids] = await _aside(len(body), partial(request.prompts, tokenizer))
         return json_response({"input_tokens": len(prompt_ids)})
-
-    async def _embeddings(self, http: web.Request) -> web.Response:
-        """No engine here makes any; the answer says so of the model that was asked."""
-        request = intake.decode(await read_body(http), _embedding_decoder)
-        spec = self._catalogue.resolve(request.model)
-        raise RequestError("unsupported_parameter", f"{spec.name} generates text; it makes no embeddings", param="model")
 
     async def _wait_for(self, answers: Sequence[Answer], response: Awaitable[T]) -> T:
         """As long as the client does: aiohttp cancels this when it leaves, and then the answers are withdrawn."""
@@ -152,7 +336,7 @@ class App:
     async def _models(self, http: web.Request) -> web.Response:
         allows = http[GUEST].key.allows
         return json_response(
-            {"object": "list", "data": [_card(spec, since_s) for spec, since_s in self._catalogue.models if allows(spec.name)]}
+            ModelList(data=[_card(spec, since_s) for spec, since_s in self._catalogue.models if allows(spec.name)])
         )
 
     async def _model(self, http: web.Request) -> web.Response:
@@ -165,15 +349,15 @@ class App:
         """Whether requests can be taken; not whether a model is up."""
         if not self._relay.in_touch:
             raise RequestError("service_unavailable", "the server's control process is not there", retry_after_s=1)
-        return json_response({"status": "ok"})
+        return json_response(Health(status="ok"))
 
     async def _health_generate(self, http: web.Request) -> web.Response:
         """One real token from a model that is up."""
         snapshot = await self._relay.snapshot()
-        serving = next((view.replica for view in snapshot.replicas if view.state is ReplicaState.SERVING), None)
-        if serving is None:
+        up = (self._catalogue.resolve(v.replica.model) for v in snapshot.replicas if v.state is ReplicaState.SERVING)
+        spec = next((spec for spec in up if not spec.embedding), None)
+        if spec is None:
             raise RequestError("service_unavailable", "no model is up", retry_after_s=1)
-        spec = self._catalogue.resolve(serving.model)
         tokenizer = await self._catalogue.tokenizer(spec)
         token = FirstToken()
         prompt_ids = tokenizer.encode("a")
@@ -192,10 +376,13 @@ class App:
                 await self._wait_for([answer], token.came)
         except TimeoutError:
             raise RequestError("gateway_timeout", f"{spec.name} made no token within {_PROBE_WITHIN_S:g} s") from None
-        return json_response({"status": "ok", "model": spec.name, "seconds": answer.age_s})
+        return json_response(Health(status="ok", model=spec.name, seconds=answer.age_s))
 
     async def _snapshot(self, http: web.Request) -> web.Response:
         return json_response(await self._relay.snapshot())
+
+    async def _openapi(self, http: web.Request) -> web.Response:
+        return web.Response(body=self._document, content_type="application/json")
 
     async def _ledger(self, http: web.Request) -> web.Response:
         snapshot = await self._relay.snapshot()
@@ -207,16 +394,18 @@ async def _aside(size: int, work: Callable[[], T]) -> T:
     return await asyncio.to_thread(work) if size > _ASIDE_BYTES else work()
 
 
-def _card(spec: ModelSpec, since_s: int) -> dict[str, object]:
-    return {
-        "id": spec.name,
-        "object": "model",
-        "created": since_s,
-        "owned_by": "chimera",
-        "root": spec.path,
-        "parent": None,
-        "max_model_len": spec.context_length,
-    }
+def _form(wish: CompletionWish, hearing: SglangHearing | None) -> tuple[str, Grammar] | None:
+    """What the client asks for goes first, but a tool that must be called has a form of its own."""
+    form = wish.form
+    if form is not None and wish.toolbox is not None and wish.toolbox.choice != "auto":
+        raise RequestError("bad_request", f"{form[0]}: cannot be kept by a call, which tool_choice asks for", param=form[0])
+    if form is not None or hearing is None or hearing.form is None:
+        return form
+    return "tools", hearing.form
+
+
+def _card(spec: ModelSpec, since_s: int) -> ModelCard:
+    return ModelCard(id=spec.name, created=since_s, root=spec.path, max_model_len=spec.context_length)
 
 
 @web.middleware

@@ -1,4 +1,4 @@
-"""The models that control told of, under every name they have, and their tokenizers, read when first needed.
+"""The models that control told of, under every name they have; their tokenizers and SGLang's parsers, read when first needed.
 
 Models that share a vocabulary (eighteen copies of four families, say) share the tokenizer. Knows no HTTP.
 """
@@ -9,13 +9,19 @@ import asyncio
 import difflib
 import hashlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
 from chimera.core.model import ModelSpec
+from chimera.core.parsers import AUTO
 from chimera.errors import ConfigError, RequestError
 from chimera.parsing.tokenizer import ModelTokenizer
+from chimera.server.intake import CompletionWish
+
+if TYPE_CHECKING:
+    from chimera.parsing.sglang_parsers import SglangHearing
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -28,6 +34,7 @@ class Catalogue:
         self._names: dict[str, ModelSpec] = {}
         self._since_s: dict[str, int] = {}
         self._tokenizers: dict[str, asyncio.Task[ModelTokenizer]] = {}
+        self._parsers: asyncio.Task[type[SglangHearing]] | None = None
         self._by_content: WeakValueDictionary[bytes, ModelTokenizer] = WeakValueDictionary()
 
     @property
@@ -36,6 +43,8 @@ class Catalogue:
         return [(spec, self._since_s[name]) for name, spec in self._specs.items()]
 
     def register(self, spec: ModelSpec) -> None:
+        if spec.tool_call_parser or spec.reasoning_parser:
+            self._load_parsers()  # they will be needed, and take seconds
         self._specs[spec.name] = spec
         self._since_s.setdefault(spec.name, int(time.time()))
         self._index()
@@ -76,6 +85,29 @@ class Catalogue:
             self._tokenizers.pop(spec.tokenizer_path, None)  # the operator may mend it
             raise RequestError("internal_error", f"{spec.name}: {fault}") from None
 
+    async def hearing(
+        self, spec: ModelSpec, wish: CompletionWish, tokenizer: ModelTokenizer, prompt_ids: Sequence[int]
+    ) -> SglangHearing | None:
+        """How the answers to the wish are to be listened to; `None`: their text is what they say."""
+        toolbox, reasoning = wish.toolbox, spec.reasoning_parser
+        if wish.form is not None or not wish.tells_thoughts:
+            reasoning = None  # a form has no room for thoughts
+        if toolbox is None and reasoning is None:
+            return None
+        try:
+            hearing = await asyncio.shield(self._load_parsers())
+        except ImportError as fault:
+            self._parsers = None
+            raise RequestError("internal_error", f"SGLang's parsers cannot be imported: {fault}") from None
+        tool_parser = spec.tool_call_parser or AUTO
+        return hearing(tokenizer, toolbox=toolbox, tool_parser=tool_parser, reasoning_parser=reasoning, prompt_ids=prompt_ids)
+
+    def _load_parsers(self) -> asyncio.Task[type[SglangHearing]]:
+        """In a thread, and once: it takes seconds and hundreds of megabytes, so a front-end that needs none has none."""
+        if self._parsers is None:
+            self._parsers = asyncio.create_task(asyncio.to_thread(_import_hearing))
+        return self._parsers
+
     def _load(self, folder: Path) -> ModelTokenizer:
         digest = _content_digest(folder)
         tokenizer = self._by_content.get(digest)
@@ -94,6 +126,12 @@ class Catalogue:
             return "model: the request names none, and there is not exactly one to choose"
         near = difflib.get_close_matches(name, self._names, n=1, cutoff=0.5)
         return f"the model {name!r} does not exist here" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def _import_hearing() -> type[SglangHearing]:
+    from chimera.parsing.sglang_parsers import SglangHearing
+
+    return SglangHearing
 
 
 def _content_digest(folder: Path) -> bytes:

@@ -46,30 +46,30 @@ _ANTHROPIC_TYPE = {
 }
 
 
-class _Detail(msgspec.Struct, frozen=True):
+class ErrorDetail(msgspec.Struct, frozen=True):
     message: str
     type: str
     param: str | None
     code: str
 
 
-class _Body(msgspec.Struct, frozen=True):
-    error: _Detail
+class ErrorBody(msgspec.Struct, frozen=True):
+    error: ErrorDetail
 
 
-class _AnthropicDetail(msgspec.Struct, frozen=True):
+class AnthropicErrorDetail(msgspec.Struct, frozen=True):
     type: str
     message: str
 
 
-class _AnthropicBody(msgspec.Struct, frozen=True):
-    error: _AnthropicDetail
+class AnthropicErrorBody(msgspec.Struct, frozen=True):
+    error: AnthropicErrorDetail
     type: str = "error"
 
 
 def error_body(error: RequestError) -> bytes:
     """The JSON of an error, for an answer or for an event in a stream."""
-    return msgspec.json.encode(_Body(_Detail(error.message, _type_of(_status_of(error)), error.param, error.code)))
+    return msgspec.json.encode(ErrorBody(ErrorDetail(error.message, _type_of(_status_of(error)), error.param, error.code)))
 
 
 def error_event(error: RequestError) -> bytes:
@@ -89,7 +89,7 @@ def error_response(error: RequestError, path: str) -> web.Response:
         headers["x-estimated-wait"] = f"{error.retry_after_s:.3f}"
     if error.queue_position is not None:
         headers["x-queue-position"] = str(error.queue_position)
-    body = anthropic_error_body(error) if _is_anthropic(path) else error_body(error)
+    body = anthropic_error_body(error) if is_anthropic(path) else error_body(error)
     return web.Response(status=_status_of(error), body=body, content_type="application/json", headers=headers)
 
 
@@ -97,20 +97,20 @@ def refusal_response(refusal: web.HTTPException, path: str) -> web.Response:
     """What aiohttp itself refuses (a path, a method, a body too large), in the same shape."""
     status, told = refusal.status, _wording(refusal)
     code = _CODE.get(status, "bad_request" if status < 500 else "internal_error")
-    body = msgspec.json.encode(_Body(_Detail(told, _type_of(status), None, code)))
+    body = msgspec.json.encode(ErrorBody(ErrorDetail(told, _type_of(status), None, code)))
     headers = {"Allow": refusal.headers["Allow"]} if "Allow" in refusal.headers else {}
-    if _is_anthropic(path):
+    if is_anthropic(path):
         body = _anthropic(status, told)
     return web.Response(status=status, body=body, content_type="application/json", headers=headers)
 
 
-def _is_anthropic(path: str) -> bool:
+def is_anthropic(path: str) -> bool:
     return path.startswith("/v1/messages")
 
 
 def _anthropic(status: int, message: str) -> bytes:
     kind = _ANTHROPIC_TYPE.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return msgspec.json.encode(_AnthropicBody(_AnthropicDetail(kind, message)))
+    return msgspec.json.encode(AnthropicErrorBody(AnthropicErrorDetail(kind, message)))
 
 
 def _status_of(error: RequestError) -> int:

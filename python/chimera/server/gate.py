@@ -9,17 +9,17 @@ import base64
 import binascii
 import hmac
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from chimera.core.access import Access, ApiKey, hash_of
 from chimera.errors import RequestError
+from chimera.server.routes import Route
 
 _OPEN_PATHS = {"/health"}
 """For load balancers, which have no key; says nothing about anybody."""
-_ADMIN_PATHS = ("/models/load", "/models/unload", "/models/pin", "/activate", "/deactivate")
 _MINUTE_S = 60.0
 
 
@@ -87,6 +87,11 @@ class Gate:
     def __init__(self, access: Access, now: Callable[[], float] = time.monotonic) -> None:
         self._guests = [Guest(key, access.share, now) for key in access.keys]
         self._origins = frozenset(access.cors_origins)
+        self._guarded: tuple[Route, ...] = ()
+
+    def guard(self, routes: Iterable[Route]) -> None:
+        """What is an operator's."""
+        self._guarded = tuple(route for route in routes if route.admin)
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -103,7 +108,7 @@ class Gate:
             response.headers.update(_cors_headers(origin))
 
     def _let_in(self, http: web.Request, origin: str | None) -> Guest:
-        admin = http.path in _ADMIN_PATHS or http.method in ("PUT", "DELETE")
+        admin = any(route.is_at(http.method, http.path) for route in self._guarded)
         if admin and origin is not None and not self._knows(origin) and not _same_site(origin, http.host):
             raise RequestError("permission_denied", "pages of other sites may not give orders here")
         if not self._guests or http.path in _OPEN_PATHS:

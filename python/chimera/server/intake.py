@@ -6,61 +6,24 @@ Raises RequestError with the parameter at fault. Knows no route and no dialect.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Protocol, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
 from chimera.core.model import ModelSpec, Slo
 from chimera.errors import RequestError
-from chimera.msg.stream import Sampling
+from chimera.msg.stream import Grammar, Sampling
 from chimera.parsing.tokenizer import ModelTokenizer
+from chimera.parsing.tools import Hearing, Tool, Toolbox
 from chimera.server.answer import Terms
 from chimera.server.readers import Dialect
-
-Positive = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
-Seed = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-Temperature = Annotated[float, msgspec.Meta(ge=0)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Nucleus = Annotated[float, msgspec.Meta(gt=0, le=1)]
-Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
-Repetition = Annotated[float, msgspec.Meta(gt=0, le=2)]
-TopK = Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)]
-Alternatives = Annotated[int, msgspec.Meta(ge=0, le=20)]
-Choices = Annotated[int, msgspec.Meta(ge=1, le=128)]
-Priority = Annotated[int, msgspec.Meta(ge=-1000, le=1000)]
-Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
-Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=86_400_000)]
+from chimera.server.words import SloWish
 
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 256
 MOST_ANSWERS = 128
 """To one request, over all its prompts."""
-
-
-class SloWish(msgspec.Struct, frozen=True, kw_only=True):
-    """As a placement file promises it to a model's users."""
-
-    ttft_ms: Milliseconds | None = None
-    tpot_ms: Milliseconds | None = None
-
-
-class OurWords(msgspec.Struct, frozen=True, kw_only=True):
-    """What every API takes here beside its own words."""
-
-    slo: SloWish | Seconds | None = None
-    """In the place of the model's. A number is the seconds to the first token, as Prism's clients send it."""
-    priority: Priority | None = None
-    """In the place of the model's; higher goes first."""
-
-    @property
-    def choices(self) -> int:
-        return 1
-
-    @property
-    def alternatives(self) -> int | None:
-        return None
 
 
 class CompletionWish(Protocol):
@@ -69,9 +32,9 @@ class CompletionWish(Protocol):
     @property
     def model(self) -> str | None: ...
     @property
-    def stream(self) -> bool: ...
+    def stream(self) -> bool | None: ...
     @property
-    def stop(self) -> str | list[str] | None: ...
+    def stops(self) -> str | list[str] | None: ...
     @property
     def slo(self) -> SloWish | float | None: ...
     @property
@@ -92,16 +55,29 @@ class CompletionWish(Protocol):
     def prompt_field(self) -> str:
         """What its API calls the prompt."""
 
+    @property
+    def form(self) -> tuple[str, Grammar] | None:
+        """The form that the answer must have, and the field that asks for it."""
+
+    @property
+    def toolbox(self) -> Toolbox | None:
+        """What the model may call; `None`: nothing."""
+
+    @property
+    def tells_thoughts(self) -> bool:
+        """Whether what the model thinks is told apart from what it says, where it can be."""
+
     def check(self) -> None:
         """Refuse by name what is known and not served."""
 
     def prompts(self, tokenizer: ModelTokenizer) -> list[list[int]]: ...
     def sampling(self, max_new_tokens: int) -> Sampling: ...
-    def dialect(self, request_id: str, tokenizer: ModelTokenizer) -> Dialect: ...
+    def dialect(self, request_id: str, tokenizer: ModelTokenizer, hearing: Hearing | None) -> Dialect:
+        """Without a hearing, an answer's text is what it says."""
 
 
 T = TypeVar("T")
-_PLACE = re.compile(r"(.*) - at `\$\.?(.*)`")
+_PLACE = re.compile(r"(.*) - at (?:`key` in )?`\$\.?(.*)`")
 
 
 def decode(body: bytes, decoder: msgspec.json.Decoder[T]) -> T:
@@ -148,19 +124,29 @@ def room_for_answer(spec: ModelSpec, wish: CompletionWish, prompt_tokens: int) -
     return room if wanted is None else wanted
 
 
-def terms(spec: ModelSpec, wish: CompletionWish, prompts: Sequence[Sequence[int]]) -> list[Terms]:
+def terms(
+    spec: ModelSpec,
+    wish: CompletionWish,
+    prompts: Sequence[Sequence[int]],
+    tokenizer: ModelTokenizer,
+    form: tuple[str, Grammar] | None,
+) -> list[Terms]:
     """Of every answer, prompt by prompt. With a seed each answer to a prompt has its own, so that they differ."""
     if len(prompts) * wish.choices > MOST_ANSWERS:
         told = f"{len(prompts)} prompts with {wish.choices} answers each; at most {MOST_ANSWERS} answers to a request"
         raise RequestError("bad_request", f"n: {told}", param="n")
     slo, priority = _slo(spec.slo, wish.slo), spec.priority if wish.priority is None else wish.priority
+    field, grammar = (None, None) if form is None else form
     found = []
     for prompt in prompts:
         sampling = wish.sampling(room_for_answer(spec, wish, len(prompt)))
+        _check_tokens(sampling.logit_bias or (), tokenizer, "logit_bias")
+        if grammar is not None:
+            sampling = msgspec.structs.replace(sampling, grammar=grammar)
         for number in range(wish.choices):
             if number and sampling.seed is not None:
                 sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + 1) % 2**63)
-            found.append(Terms(sampling=sampling, alternatives=wish.alternatives, slo=slo, priority=priority))
+            found.append(Terms(sampling=sampling, alternatives=wish.alternatives, slo=slo, priority=priority, form_field=field))
     return found
 
 
@@ -176,14 +162,47 @@ def _slo(promised: Slo, wish: SloWish | float | None) -> Slo:
             return msgspec.structs.replace(promised, ttft_s=float(seconds))
 
 
+def toolbox(
+    tools: Sequence[Tool], choice: Literal["none", "auto", "required", "named"] | None, only: str | None, parallel: bool
+) -> Toolbox | None:
+    """As a request offers it; of a tool that must be called the model is told alone."""
+    if choice in ("required", "named") and not tools:
+        raise RequestError("bad_request", "tool_choice: there are no tools to choose from", param="tool_choice")
+    if not tools or choice == "none":
+        return None
+    if choice == "named":
+        tools = [tool for tool in tools if tool.name == only]
+        if not tools:
+            raise RequestError("bad_request", f"tool_choice: there is no tool {only!r} among the tools", param="tool_choice")
+    return Toolbox(tools=tuple(tools), choice=choice or "auto", parallel=parallel)
+
+
+def plain_prompts(prompt: str | list[str | int | list[int]], param: str) -> list[str | list[int]]:
+    """Each a text or its tokens. A list of numbers is one prompt."""
+    if isinstance(prompt, str):
+        return [prompt]
+    tokens = [item for item in prompt if isinstance(item, int)]
+    if not prompt:
+        raise RequestError("bad_request", f"{param}: the prompt is empty", param=param)
+    if len(tokens) == len(prompt):
+        return [tokens]
+    if tokens:
+        raise RequestError("bad_request", f"{param}: either tokens or prompts, not both in one list", param=param)
+    return [item for item in prompt if not isinstance(item, int)]
+
+
 def prompt_ids(tokenizer: ModelTokenizer, prompt: str | list[int], *, param: str) -> list[int]:
     """A prompt that is a text, or came as tokens: an engine would be torn down by one that its embedding does not have."""
     if isinstance(prompt, str):
         return tokenizer.encode(prompt)
-    if not all(0 <= token_id < tokenizer.vocabulary_size for token_id in prompt):
+    _check_tokens(prompt, tokenizer, param)
+    return prompt
+
+
+def _check_tokens(token_ids: Iterable[int], tokenizer: ModelTokenizer, param: str) -> None:
+    if not all(0 <= token_id < tokenizer.vocabulary_size for token_id in token_ids):
         told = f"{param}: the model's tokens are 0 to {tokenizer.vocabulary_size - 1}"
         raise RequestError("bad_request", told, param=param)
-    return prompt
 
 
 def _lower(text: str) -> str:

@@ -6,85 +6,62 @@ from collections.abc import Sequence
 from typing import Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from chimera.errors import RequestError
 from chimera.msg.events import Outcome
-from chimera.msg.stream import Sampling, TokenLogprobs
+from chimera.msg.stream import Grammar, Sampling, TokenLogprobs
 from chimera.parsing.tokenizer import ModelTokenizer
+from chimera.parsing.tools import Hearing, Toolbox
 from chimera.server import intake
 from chimera.server.answer import Answer
 from chimera.server.errors import error_event
-from chimera.server.intake import (
-    Alternatives,
-    Choices,
-    Count,
-    Nucleus,
-    OurWords,
-    Penalty,
-    Positive,
-    Repetition,
-    Seed,
-    Share,
-    Temperature,
-    TopK,
-)
 from chimera.server.readers import Dialect
+from chimera.server.words import Alternatives, Choices, Count, Picking, Positive, Priority, Seconds, Seed, SloWish
 
 _json = msgspec.json.Encoder().encode
 _DONE = b"data: [DONE]\n\n"
 
 
-class NativeSampling(msgspec.Struct, frozen=True, kw_only=True):
+class NativeSampling(Picking, frozen=True, kw_only=True):
     max_new_tokens: Positive = 128
-    temperature: Temperature = 1.0
-    top_p: Nucleus = 1.0
-    top_k: TopK = -1
-    min_p: Share = 0.0
-    frequency_penalty: Penalty = 0.0
-    presence_penalty: Penalty = 0.0
-    repetition_penalty: Repetition = 1.0
     min_new_tokens: Count = 0
     sampling_seed: Seed | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[Count] | None = None
-    ignore_eos: bool = False
     n: Choices = 1
-    # Known, and not served yet.
-    regex: Any = None
-    json_schema: Any = None
-    ebnf: Any = None
-    structural_tag: Any = None
-    logit_bias: Any = None
+    json_schema: str | dict[str, Any] | None = None
+    structural_tag: str | dict[str, Any] | None = None
 
-    def sampling(self, max_new_tokens: int) -> Sampling:
-        return Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            min_p=self.min_p,
-            frequency_penalty=self.frequency_penalty,
-            presence_penalty=self.presence_penalty,
-            repetition_penalty=self.repetition_penalty,
-            min_new_tokens=min(self.min_new_tokens, max_new_tokens),
-            seed=self.sampling_seed,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=self.ignore_eos,
-        )
+    @property
+    def first_seed(self) -> int | None:
+        return self.sampling_seed
+
+    @property
+    def fewest_tokens(self) -> int:
+        return self.min_new_tokens
+
+    @property
+    def form(self) -> tuple[str, Grammar] | None:
+        if self.json_schema is not None:
+            return "json_schema", Grammar("json_schema", _written(self.json_schema))
+        if self.structural_tag is not None:
+            return "structural_tag", Grammar("structural_tag", _written(self.structural_tag))
+        return super().form
 
 
-class GenerateRequest(OurWords, frozen=True, kw_only=True):
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     model: str | None = None
     """May be left out while there is only one."""
     text: str | list[Any] | None = None
     input_ids: list[int | list[int]] | None = None
     sampling_params: NativeSampling = NativeSampling()
-    stream: bool = False
+    stream: bool | None = None
     rid: str | None = None
     return_logprob: bool = False
     top_logprobs_num: Alternatives = 0
     return_text_in_logprobs: bool = False
-    # Known, and not served yet.
+    slo: SloWish | Seconds | None = None
+    priority: Priority | None = None
+    # Known, and not served.
     logprob_start_len: Any = None
     lora_path: Any = None
     image_data: Any = None
@@ -93,8 +70,6 @@ class GenerateRequest(OurWords, frozen=True, kw_only=True):
     def check(self) -> None:
         unsupported = {"logprob_start_len": (-1,), "lora_path": (), "image_data": ([],), "input_embeds": ()}
         intake.refuse_unsupported(self, unsupported)
-        grammars: dict[str, tuple[Any, ...]] = {"regex": (), "json_schema": (), "ebnf": (), "structural_tag": ()}
-        intake.refuse_unsupported(self.sampling_params, {**grammars, "logit_bias": ({},)})
 
     @property
     def prompt_field(self) -> str:
@@ -105,7 +80,7 @@ class GenerateRequest(OurWords, frozen=True, kw_only=True):
         return self.sampling_params.max_new_tokens
 
     @property
-    def stop(self) -> str | list[str] | None:
+    def stops(self) -> str | list[str] | None:
         return self.sampling_params.stop
 
     @property
@@ -116,13 +91,25 @@ class GenerateRequest(OurWords, frozen=True, kw_only=True):
     def alternatives(self) -> int | None:
         return self.top_logprobs_num if self.return_logprob else None
 
+    @property
+    def form(self) -> tuple[str, Grammar] | None:
+        return self.sampling_params.form
+
+    @property
+    def toolbox(self) -> Toolbox | None:
+        return None
+
+    @property
+    def tells_thoughts(self) -> bool:
+        return False
+
     def prompts(self, tokenizer: ModelTokenizer) -> list[list[int]]:
         return [intake.prompt_ids(tokenizer, self._prompt(), param=self.prompt_field)]
 
     def sampling(self, max_new_tokens: int) -> Sampling:
         return self.sampling_params.sampling(max_new_tokens)
 
-    def dialect(self, request_id: str, tokenizer: ModelTokenizer) -> Dialect:
+    def dialect(self, request_id: str, tokenizer: ModelTokenizer, hearing: Hearing | None) -> Dialect:
         return NativeDialect(self, self.rid or request_id, tokenizer)
 
     def _prompt(self) -> str | list[int]:
@@ -135,6 +122,30 @@ class GenerateRequest(OurWords, frozen=True, kw_only=True):
             told = f"{self.prompt_field}: one prompt in a request, not several"
             raise RequestError("unsupported_parameter", told, param=self.prompt_field)
         return tokens
+
+
+TokenTold = tuple[float, int, str | None]
+
+
+class MetaInfo(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    finish_reason: dict[str, Any] | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    e2e_latency: float
+    output_token_logprobs: list[TokenTold] | UnsetType = UNSET
+    output_top_logprobs: list[list[TokenTold]] | UnsetType = UNSET
+
+
+class Generated(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer so far."""
+
+    text: str
+    output_ids: list[int]
+    meta_info: MetaInfo
+    index: int | UnsetType = UNSET
+    """In a stream of several answers."""
 
 
 class NativeDialect:
@@ -150,8 +161,8 @@ class NativeDialect:
 
     def piece(self, text: str, answer: Answer) -> bytes:
         self._texts[answer.index] += text
-        state = self._state(self._texts[answer.index], answer)
-        return b"data: %b\n\n" % _json({**state, "index": answer.index} if self._several else state)
+        state = self._state(self._texts[answer.index], answer, answer.index if self._several else UNSET)
+        return b"data: %b\n\n" % _json(state)
 
     def close(self, text: str, answer: Answer) -> bytes:
         return self.piece(text, answer)
@@ -166,27 +177,30 @@ class NativeDialect:
         states = [self._state(text, answer) for text, answer in zip(texts, answers, strict=True)]
         return _json(states if self._several else states[0])
 
-    def _state(self, text: str, answer: Answer) -> dict[str, Any]:
-        meta: dict[str, Any] = {
-            "id": self._name,
-            "finish_reason": _finish_reason(answer),
-            "prompt_tokens": len(answer.prompt_ids),
-            "completion_tokens": len(answer.emitted),
-            "cached_tokens": answer.cached_tokens,
-            "e2e_latency": answer.age_s,
-        }
-        if self._alternatives is not None:
-            meta["output_token_logprobs"] = [self._told(e.logprob, e.token_id) for e in answer.logprobs]
-            if self._alternatives:
-                meta["output_top_logprobs"] = [self._told_top(entry) for entry in answer.logprobs]
-        return {"text": text, "output_ids": answer.emitted, "meta_info": meta}
+    def _state(self, text: str, answer: Answer, index: int | UnsetType = UNSET) -> Generated:
+        wanted = self._alternatives
+        meta = MetaInfo(
+            id=self._name,
+            finish_reason=_finish_reason(answer),
+            prompt_tokens=len(answer.prompt_ids),
+            completion_tokens=len(answer.emitted),
+            cached_tokens=answer.cached_tokens,
+            e2e_latency=answer.age_s,
+            output_token_logprobs=UNSET if wanted is None else [self._told(e.logprob, e.token_id) for e in answer.logprobs],
+            output_top_logprobs=[self._told_top(entry) for entry in answer.logprobs] if wanted else UNSET,
+        )
+        return Generated(text=text, output_ids=answer.emitted, meta_info=meta, index=index)
 
-    def _told_top(self, entry: TokenLogprobs) -> list[tuple[float, int, str | None]]:
+    def _told_top(self, entry: TokenLogprobs) -> list[TokenTold]:
         return [self._told(logprob, token_id) for token_id, logprob in entry.top]
 
-    def _told(self, logprob: float, token_id: int) -> tuple[float, int, str | None]:
+    def _told(self, logprob: float, token_id: int) -> TokenTold:
         text = self._tokenizer.spell(token_id).decode(errors="replace") if self._with_text else None
         return logprob, token_id, text
+
+
+def _written(form: str | dict[str, Any]) -> str:
+    return form if isinstance(form, str) else _json(form).decode()
 
 
 def _finish_reason(answer: Answer) -> dict[str, Any] | None:

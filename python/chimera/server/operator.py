@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -20,11 +19,11 @@ from chimera.errors import RequestError
 from chimera.msg.actions import Reject
 from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, UnloadWanted
 from chimera.msg.stream import ReplicaNews
-from chimera.server import intake
-from chimera.server.bodies import json_response, read_body
+from chimera.server.bodies import json_response
 from chimera.server.catalogue import Catalogue
 from chimera.server.readers import STREAM_HEADERS
 from chimera.server.relay import Relay, Watch
+from chimera.server.routes import ABOUT_A_MODEL, Route, taking
 
 _LOAD_WITHIN_S = 1800.0
 _LEAVE_WITHIN_S = 60.0
@@ -93,26 +92,128 @@ class PoolSize(msgspec.Struct, frozen=True, kw_only=True):
     memory_in_use: float
 
 
+class ReplicaTold(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a replica is, and why; the rest only where it is news."""
+
+    model: str
+    index: int
+    state: ReplicaState
+    reason: str
+    gpu_ids: tuple[int, ...] | None = None
+    at_s: float | None = None
+    load_s: float | None = None
+    failed: bool | None = None
+
+
+class Unloaded(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    state: ReplicaState
+    stopped: list[int]
+    """The copies that were up."""
+
+
+class Pinned(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    pin: bool
+
+
+class PolicyTold(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    policy: str
+    policies: tuple[str, ...] = ()
+    """All there are."""
+
+
+class Removed(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    deleted: bool
+
+
+class ModelNames(msgspec.Struct, frozen=True, kw_only=True):
+    model_names: list[str]
+
+
 class Operator:
     def __init__(self, catalogue: Catalogue, relay: Relay) -> None:
         self._catalogue = catalogue
         self._relay = relay
 
-    def routes(self) -> list[web.RouteDef]:
+    def routes(self) -> list[Route]:
         return [
-            web.post("/models/load", _taking(LoadOrder, self._load)),
-            web.post("/models/unload", _taking(UnloadOrder, self._unload)),
-            web.post("/models/pin", _taking(PinOrder, self._pin)),
-            web.delete("/models/{name:.+}", self._remove),
-            web.get("/models/events", self._events),
-            web.get("/models/sse", self._events),
-            web.post("/activate", _taking(Activation, self._activate)),
-            web.post("/deactivate", _taking(Deactivation, self._deactivate)),
-            web.get("/policy", self._policy),
-            web.put("/policy", _taking(PolicyOrder, self._choose_policy)),
-            web.get("/get_model_names", self._names),
-            web.get("/get_memory_pool_size", self._pool_sizes),
+            self._order("/models/load", "Bring a model up", LoadOrder, self._load, ReplicaTold, slow=True),
+            self._order("/models/unload", "Let a model go", UnloadOrder, self._unload, Unloaded, slow=True),
+            self._order("/models/pin", "Keep a model, or no longer", PinOrder, self._pin, Pinned),
+            self._order("/activate", "Bring a model up, in Prism's words", Activation, self._activate, ReplicaTold, slow=True),
+            self._order("/deactivate", "Let a model go, in Prism's words", Deactivation, self._deactivate, Unloaded, slow=True),
+            Route(
+                method="DELETE",
+                path="/models/{name}",
+                what="Forget a model",
+                handler=self._remove,
+                gives=Removed,
+                fails=ABOUT_A_MODEL,
+                admin=True,
+            ),
+            *(
+                Route(
+                    method="GET",
+                    path=path,
+                    what="What becomes of every replica, from now on",
+                    handler=self._events,
+                    streams=ReplicaTold,
+                    fails=(504,),
+                )
+                for path in ("/models/events", "/models/sse")
+            ),
+            Route(
+                method="GET",
+                path="/policy",
+                what="Who decides what runs where",
+                handler=self._policy,
+                gives=PolicyTold,
+                fails=(504,),
+            ),
+            Route(
+                method="PUT",
+                path="/policy",
+                what="Let another policy decide",
+                handler=taking(PolicyOrder, self._choose_policy),
+                takes=PolicyOrder,
+                gives=PolicyTold,
+                fails=(504,),
+                admin=True,
+            ),
+            Route(
+                method="GET",
+                path="/get_model_names",
+                what="The models there are, in Prism's words",
+                handler=self._names,
+                gives=ModelNames,
+            ),
+            Route(
+                method="GET",
+                path="/get_memory_pool_size",
+                what="The KV memory of every replica, in Prism's words",
+                handler=self._pool_sizes,
+                gives=list[PoolSize],
+                fails=(504,),
+            ),
         ]
+
+    @staticmethod
+    def _order(
+        path: str, what: str, takes: type[T], work: Callable[[T], Awaitable[web.Response]], gives: Any, *, slow: bool = False
+    ) -> Route:
+        """An operator's POST about a model; a slow one waits for what becomes of it."""
+        return Route(
+            method="POST",
+            path=path,
+            what=what,
+            handler=taking(takes, work),
+            takes=takes,
+            gives=gives,
+            fails=(404, 429, 502, 504) if slow else ABOUT_A_MODEL,
+            admin=True,
+        )
 
     # Our words.
 
@@ -160,16 +261,16 @@ class Operator:
                     watch, lambda news: news.replica in up and news.state is ReplicaState.STOPPED, drain_s + _LEAVE_WITHIN_S
                 )
                 up.discard(news.replica)
-        return json_response({"model": spec.name, "state": ReplicaState.STOPPED, "stopped": sorted(r.index for r in down)})
+        return json_response(Unloaded(model=spec.name, state=ReplicaState.STOPPED, stopped=sorted(r.index for r in down)))
 
     async def _pin(self, order: PinOrder) -> web.Response:
         spec = msgspec.structs.replace(self._catalogue.resolve(order.model), pin=order.pin)
         self._relay.order(ModelRegistered(model=spec))
-        return json_response({"model": spec.name, "pin": spec.pin})
+        return json_response(Pinned(model=spec.name, pin=spec.pin))
 
     async def _policy(self, http: web.Request) -> web.Response:
         snapshot = await self._relay.snapshot()
-        return json_response({"policy": snapshot.policy, "policies": POLICY_NAMES})
+        return json_response(PolicyTold(policy=snapshot.policy, policies=tuple(POLICY_NAMES)))
 
     async def _choose_policy(self, order: PolicyOrder) -> web.Response:
         """From now on; what runs goes on meanwhile. The answer is what control says it goes by."""
@@ -180,13 +281,13 @@ class Operator:
         snapshot = await self._relay.snapshot()
         if snapshot.policy != order.policy:
             raise RequestError("bad_request", f"the server was started without the cost table that {order.policy} needs")
-        return json_response({"policy": snapshot.policy})
+        return json_response(PolicyTold(policy=snapshot.policy))
 
     async def _remove(self, http: web.Request) -> web.Response:
         """The model is known no longer; what runs of it drains."""
         spec = self._catalogue.resolve(http.match_info["name"])
         self._relay.order(ModelRemoved(model=spec.name))
-        return json_response({"model": spec.name, "deleted": True})
+        return json_response(Removed(model=spec.name, deleted=True))
 
     async def _events(self, http: web.Request) -> web.StreamResponse:
         """How every replica is now, and from then on all that becomes of them."""
@@ -195,7 +296,7 @@ class Operator:
             response = web.StreamResponse(headers=STREAM_HEADERS)
             await response.prepare(http)
             for view in views:
-                await response.write(_event({**_state(view.replica, view.state, "as it is now"), "gpu_ids": view.gpu_ids}))
+                await response.write(_event(_state(view.replica, view.state, "as it is now", gpu_ids=view.gpu_ids)))
             while True:
                 try:
                     async with asyncio.timeout(_SIGN_OF_LIFE_S):
@@ -226,7 +327,7 @@ class Operator:
         return await self._unload(UnloadOrder(model=order.model_name, index=order.instance_idx, drain_s=drain_s))
 
     async def _names(self, http: web.Request) -> web.Response:
-        return json_response({"model_names": [spec.name for spec, _ in self._catalogue.models]})
+        return json_response(ModelNames(model_names=[spec.name for spec, _ in self._catalogue.models]))
 
     async def _pool_sizes(self, http: web.Request) -> web.Response:
         sizes = []
@@ -246,15 +347,6 @@ class Operator:
 
     async def _views(self) -> tuple[ReplicaView, ...]:
         return (await self._relay.snapshot()).replicas
-
-
-def _taking(kind: type[T], work: Callable[[T], Any]) -> Callable[[web.Request], Any]:
-    return partial(_take, msgspec.json.Decoder(kind), work)
-
-
-async def _take(decoder: msgspec.json.Decoder[T], work: Callable[[T], Any], http: web.Request) -> web.Response:
-    response: web.Response = await work(intake.decode(await read_body(http), decoder))
-    return response
 
 
 async def _heard(watch: Watch, wanted: Callable[[ReplicaNews], bool], within_s: float) -> ReplicaNews:
@@ -278,14 +370,14 @@ def _settled(news: ReplicaNews) -> bool:
     return news.failed or news.state is ReplicaState.SERVING
 
 
-def _state(replica: ReplicaId, state: ReplicaState, reason: str) -> dict[str, Any]:
-    return {"model": replica.model, "index": replica.index, "state": state, "reason": reason}
+def _state(replica: ReplicaId, state: ReplicaState, reason: str, **more: Any) -> ReplicaTold:
+    return ReplicaTold(model=replica.model, index=replica.index, state=state, reason=reason, **more)
 
 
-def _told(news: ReplicaNews) -> dict[str, Any]:
+def _told(news: ReplicaNews) -> ReplicaTold:
     more = {"gpu_ids": news.gpu_ids, "at_s": news.at_s, "load_s": news.load_s, "failed": news.failed}
-    return {**_state(news.replica, news.state, news.reason), **more}
+    return _state(news.replica, news.state, news.reason, **more)
 
 
-def _event(body: dict[str, Any]) -> bytes:
-    return b"data: %b\n\n" % msgspec.json.encode(body)
+def _event(told: ReplicaTold) -> bytes:
+    return b"data: %b\n\n" % msgspec.json.encode(told)

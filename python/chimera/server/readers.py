@@ -95,6 +95,8 @@ class EventStream:
             _settle(self._ended)
 
     def _write(self, events: bytes) -> None:
+        if not events:  # text that is held back until it is known what it is; an empty chunk would end the body
+            return
         transport = self._transport
         if transport is None:
             self._early += events

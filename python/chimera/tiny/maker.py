@@ -56,9 +56,10 @@ def _tokenizer(name: str, size: int, seed: int) -> Tokenizer:
 
 def _weights(model: TinyModel, unspoken: list[int], seed: int) -> Weights:
     weights = {tensor.name: _values(tensor, f"{model.name}/{seed}/{tensor.name}") for tensor in model.tensors(model.config)}
-    head = weights["lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"]
-    # Their logit is always zero, and thousands of others vie to be higher: answers are made of whole, readable words.
-    head[unspoken] = 0.0
+    head = weights.get("lm_head.weight", weights.get("model.embed_tokens.weight"))
+    if head is not None:
+        # Their logit is always zero, and thousands of others vie to be higher: answers are made of whole, readable words.
+        head[unspoken] = 0.0
     return weights
 
 

@@ -101,12 +101,19 @@ def _latent_attention(name: str, c: Config) -> Iterator[Tensor]:
     yield _matrix(f"{name}.o_proj", HIDDEN, heads * value)
 
 
+def _trunk(
+    c: Config, layer: Callable[[int, str, Config], Iterator[Tensor]], norm: float = 1.0, at: str = ""
+) -> Iterator[Tensor]:
+    """A decoder but for its head; a checkpoint for embeddings is no more."""
+    yield _matrix(f"{at}embed_tokens", c["vocab_size"], HIDDEN)
+    for index in range(c["num_hidden_layers"]):
+        yield from layer(index, f"{at}layers.{index}", c)
+    yield _norm(f"{at}norm", fill=norm)
+
+
 def _frame(c: Config, layer: Callable[[int, str, Config], Iterator[Tensor]], norm: float = 1.0) -> Iterator[Tensor]:
     """What every decoder has around its layers."""
-    yield _matrix("model.embed_tokens", c["vocab_size"], HIDDEN)
-    for index in range(c["num_hidden_layers"]):
-        yield from layer(index, f"model.layers.{index}", c)
-    yield _norm("model.norm", fill=norm)
+    yield from _trunk(c, layer, norm, "model.")
     if not c["tie_word_embeddings"]:
         yield _matrix("lm_head", c["vocab_size"], HIDDEN)
 
@@ -160,6 +167,10 @@ def _deepseek_layer(index: int, name: str, c: Config) -> Iterator[Tensor]:
 
 def _llama(c: Config) -> Iterator[Tensor]:
     return _frame(c, _llama_layer)
+
+
+def _embedder(c: Config) -> Iterator[Tensor]:
+    return _trunk(c, _llama_layer)
 
 
 def _qwen3(c: Config) -> Iterator[Tensor]:
@@ -272,6 +283,12 @@ MODELS = {
             purpose="DeepSeek-V2: latent attention (MLA), shared and routed experts",
             config=_config("DeepseekV2ForCausalLM", "deepseek_v2", **_DEEPSEEK),
             tensors=_deepseek,
+        ),
+        TinyModel(
+            name="embedder",
+            purpose="A Llama without a head, for embeddings",
+            config=_config("LlamaEmbeddingModel", "llama", mlp_bias=False),
+            tensors=_embedder,
         ),
         TinyModel(
             name="llama-other",

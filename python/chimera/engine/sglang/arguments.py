@@ -27,6 +27,8 @@ def server_arguments(model: ModelSpec, *, on_cpu: bool, kv_bytes: int | None) ->
     }
     if model.quantization is not None:
         arguments["quantization"] = model.quantization
+    if model.embedding:
+        arguments["is_embedding"] = True
     if kv_bytes is not None:
         arguments["max_total_tokens"] = max(1, kv_bytes // model.kv_bytes_per_token)
     if on_cpu:

@@ -25,6 +25,7 @@ from chimera.core.model import ModelSpec
 from chimera.engine.api import CannotServe, Holding, Post, Stats, Vitals
 from chimera.engine.sglang.arguments import server_arguments
 from chimera.engine.sglang.elastic import ElasticKv
+from chimera.engine.sglang.grammars import Grammars
 from chimera.engine.sglang.mailbox import Mailbox
 from chimera.engine.sglang.plugin import elastic_memory
 from chimera.engine.sglang.releases import build
@@ -37,6 +38,13 @@ class _Mailboxed(scheduler_module.Scheduler):  # type: ignore[misc]
     """SGLang's scheduler with a mailbox where its sockets would be."""
 
     kv: ElasticKv | None = None
+    grammars: Grammars | None = None
+
+    def _add_request_to_queue(self, req: Any, *further: Any, **named: Any) -> None:
+        """As SGLang's own; here every request passes once its grammar is there."""
+        if self.grammars is not None:
+            self.grammars.catch_up(req)
+        super()._add_request_to_queue(req, *further, **named)
 
     def on_idle(self) -> None:
         """As SGLang's own, whose leak check reads a capacity that may have moved since the last step."""
@@ -103,6 +111,7 @@ class SglangEngine:
     def __init__(self) -> None:
         self._on_cpu = not torch.accelerator.is_available()
         self._scheduler: _Mailboxed | None = None
+        self._grammars: Grammars | None = None
         self._kv: ElasticKv | None = None
 
     def activate(
@@ -143,6 +152,9 @@ class SglangEngine:
         if self._kv is not None:
             self._kv.bind(scheduler)
             scheduler.kv = self._kv
+        self._grammars = Grammars(model.tokenizer_path, on_cpu=self._on_cpu)
+        self._grammars.bind(scheduler)
+        scheduler.grammars = self._grammars
         return scheduler
 
     def prepare(self, model: ModelSpec, *, gpu_ids: tuple[int, ...]) -> int:
@@ -150,7 +162,13 @@ class SglangEngine:
 
     def serve(self, post: Post) -> None:
         scheduler = self._require()
-        scheduler.later.mailbox = Mailbox(post, idle=scheduler.is_fully_idle, memory=self._kv)
+        scheduler.later.mailbox = Mailbox(
+            post,
+            idle=scheduler.is_fully_idle,
+            memory=self._kv,
+            grammars=self._grammars,
+            embeds=not scheduler.is_generation,
+        )
         try:
             scheduler.run_event_loop()
         finally:
@@ -175,6 +193,9 @@ class SglangEngine:
         scheduler, self._scheduler = self._scheduler, None
         if scheduler is None:
             return
+        if self._grammars is not None:
+            self._grammars.close()
+            self._grammars = None
         release = getattr(scheduler, "release_host_resources", None)
         if release is not None:
             release()

@@ -6,6 +6,7 @@ it is given these. The order of things stays SGLang's own: one look at the post 
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -13,7 +14,13 @@ from typing import Any, Protocol
 
 import zmq
 from sglang.srt.managers import io_struct
-from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchEmbeddingOutput,
+    BatchTokenIDOutput,
+    TokenizedEmbeddingReqInput,
+    TokenizedGenerateReqInput,
+)
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from chimera.engine.api import Limit, Order, Post, Submission, Withdrawal
@@ -46,13 +53,36 @@ class Memory(Protocol):
         """Change what can be changed now. `give_back` takes SGLang's name of a request that must leave, and why."""
 
 
+class Forms(Protocol):
+    """What answers can be held to, once it is there."""
+
+    fault: str
+    """Why none can."""
+
+    def are_ready(self) -> bool: ...
+
+    def resume(self, rid: str, tokens: int) -> None: ...
+
+
 class Mailbox:
     """One model's requests in this process, from their submission to their last token."""
 
-    def __init__(self, post: Post, *, idle: Callable[[], bool], memory: Memory | None = None) -> None:
+    def __init__(
+        self,
+        post: Post,
+        *,
+        idle: Callable[[], bool],
+        memory: Memory | None = None,
+        grammars: Forms | None = None,
+        embeds: bool = False,
+    ) -> None:
         self._post = post
         self._idle = idle
         self._memory = memory
+        self._grammars = grammars
+        self._embeds = embeds
+        self._held: list[Submission] = []
+        """Requests with a form, until forms can be kept."""
         self._incoming: deque[Any] = deque()
         self._submitted = 0
         self._open: dict[str, int] = {}
@@ -75,6 +105,10 @@ class Mailbox:
         """Between two steps: what changes now, the next step sees whole."""
         if self._memory is not None:
             self._memory.breathe(self._give_back)
+        if self._held and self._grammars is not None and self._grammars.are_ready():
+            held, self._held = self._held, []
+            for submission in held:
+                self._bring(submission)
         limited = False
         for order in self._post.collect(self._patience_s()):
             limited |= isinstance(order, Limit)
@@ -86,6 +120,8 @@ class Mailbox:
         """With nothing open and SGLang's own queues empty, sleeping in `collect` is the whole cost of an idle worker."""
         if self._incoming:
             return 0.0
+        if self._held and len(self._held) == len(self._open):
+            return _LOOK_AGAIN_S
         restless = self._memory is not None and self._memory.restless
         if self._memory is not None and self._memory.stalled:
             return _LOOK_AGAIN_S
@@ -97,21 +133,49 @@ class Mailbox:
         match order:
             case Submission(request_id, payload):
                 self._open[request_id] = -1 if payload.logprobs is None else payload.logprobs
-                self._submitted += 1
-                self._incoming.append(_generate_request(order, turn=self._submitted))
+                self._bring(order)
             case Withdrawal(request_id):
-                if self._open.pop(request_id, None) is not None:
+                if self._open.pop(request_id, None) is None:
+                    return
+                others = [held for held in self._held if held.request_id != request_id]
+                if len(others) < len(self._held):
+                    self._held = others
+                else:
                     self._incoming.append(AbortReq(rid=request_id + _END_OF_ID))
             case Limit():
                 if self._memory is None:
                     raise ChimeraError("a limit was set on a KV pool of fixed size")
                 self._memory.limit(order)
 
+    def _bring(self, submission: Submission) -> None:
+        """To SGLang, if it can do what is asked."""
+        payload = submission.payload
+        if payload.embeds != self._embeds:
+            makes = "makes embeddings and no text" if self._embeds else "generates text and makes no embeddings"
+            self._refuse(submission, f"the model {makes}")
+            return
+        if payload.sampling.grammar is not None:
+            if self._grammars is None or not self._grammars.are_ready():
+                self._held.append(submission)
+                return
+            if self._grammars.fault:
+                self._refuse(submission, self._grammars.fault)
+                return
+            if payload.resumed_tokens:
+                self._grammars.resume(submission.request_id + _END_OF_ID, payload.resumed_tokens)
+        self._submitted += 1
+        make = _embedding_request if self._embeds else _generate_request
+        self._incoming.append(make(submission, turn=self._submitted))
+
+    def _refuse(self, submission: Submission, reason: str) -> None:
+        del self._open[submission.request_id]
+        self._post.fail(submission.request_id, "unsupported_parameter", reason)
+
     # As the sender that SGLang hands its batches to.
 
     def send_output(self, output: Any, recv_obj: object = None) -> None:
-        if isinstance(output, BatchTokenIDOutput):
-            deltas = list(self._deltas(output))
+        if isinstance(output, BatchTokenIDOutput | BatchEmbeddingOutput):
+            deltas = list(self._deltas(output) if isinstance(output, BatchTokenIDOutput) else self._embeddings(output))
             if deltas:
                 self._post.deliver(deltas)
         elif isinstance(output, AbortReq) and (request_id := output.rid.removesuffix(_END_OF_ID)) in self._open:
@@ -141,6 +205,21 @@ class Mailbox:
                 matched_stop=matched if isinstance(matched, int) else None,
                 logprobs=_logprobs(batch, i, alternatives) if alternatives >= 0 else None,
             )
+
+    def _embeddings(self, batch: BatchEmbeddingOutput) -> Iterator[TokenDelta]:
+        for i, rid in enumerate(batch.rids):
+            request_id = rid.removesuffix(_END_OF_ID)
+            reason = batch.finished_reasons[i]
+            if request_id not in self._open:
+                continue
+            if reason is not None and reason["type"] == "abort":
+                self._give_up(request_id, reason)
+                continue
+            del self._open[request_id]
+            numbers = array("f", batch.embeddings[i])
+            if sys.byteorder == "big":
+                numbers.byteswap()
+            yield TokenDelta(request_id, [], Outcome.STOP, cached_tokens=batch.cached_tokens[i], embedding=numbers.tobytes())
 
     def _give_back(self, rid: str, why: str) -> None:
         """Unless it has ended meanwhile: it leaves SGLang, and comes again from outside when there is room for it."""
@@ -180,6 +259,20 @@ def _generate_request(submission: Submission, *, turn: int) -> TokenizedGenerate
     )
 
 
+def _embedding_request(submission: Submission, *, turn: int) -> TokenizedEmbeddingReqInput:
+    params = SamplingParams(max_new_tokens=0)
+    params.normalize(None)
+    return TokenizedEmbeddingReqInput(
+        rid=submission.request_id + _END_OF_ID,
+        input_text="",
+        input_ids=array("q", submission.payload.input_ids),
+        mm_inputs=None,
+        token_type_ids=None,
+        sampling_params=params,
+        priority=-turn,
+    )
+
+
 def _sampling_params(sampling: Sampling) -> SamplingParams:
     params = SamplingParams(
         max_new_tokens=sampling.max_new_tokens,
@@ -194,6 +287,8 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
         stop_token_ids=set(sampling.stop_token_ids) or None,
         ignore_eos=sampling.ignore_eos,
         sampling_seed=sampling.seed,
+        logit_bias=None if sampling.logit_bias is None else {str(t): bias for t, bias in sampling.logit_bias.items()},
+        **({} if sampling.grammar is None else {sampling.grammar.kind: sampling.grammar.text}),
     )
     params.normalize(None)
     return params

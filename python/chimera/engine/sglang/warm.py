@@ -103,7 +103,7 @@ class WarmEngine:
         self._bare.deactivate()
 
     def takes_image(self, model: ModelSpec) -> bool:
-        return takes_images(model)
+        return takes_images(model) and not model.embedding  # which says nothing that could be compared
 
     def ask(self, prompt: tuple[int, ...], tokens: int = CANARY_TOKENS) -> tuple[int, ...]:
         """What the model that is up says, greedily. For whoever has it to himself: nothing else is served meanwhile."""
