@@ -53,6 +53,14 @@ async def standing() -> AsyncIterator[Stage]:
         yield stage
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def embedding(standing: Stage) -> Stage:
+    """The standing one with a second model, which makes embeddings."""
+    standing.rehearsal.register(model("e", standing.run_dir / "m", embedding=True))
+    await until(lambda: len(standing.front.catalogue.models) == 2)
+    return standing
+
+
 @contextlib.asynccontextmanager
 async def set_up(access: Access | None = None) -> AsyncIterator[Stage]:
     with TemporaryDirectory(prefix="chimera-") as folder:  # not tmp_path: its paths are longer than a socket's may be

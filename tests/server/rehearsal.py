@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
+from array import array
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from chimera.core.gpu import Gpu
@@ -43,7 +44,7 @@ def model_folder(path: Path) -> Path:
     return path
 
 
-def model(name: str, folder: Path, aliases: tuple[str, ...] = ()) -> ModelSpec:
+def model(name: str, folder: Path, aliases: tuple[str, ...] = (), **more: Any) -> ModelSpec:
     return ModelSpec(
         name=name,
         path=str(folder),
@@ -53,6 +54,7 @@ def model(name: str, folder: Path, aliases: tuple[str, ...] = ()) -> ModelSpec:
         kv_bytes_per_token=1 << 10,
         context_length=CONTEXT,
         aliases=aliases,
+        **more,
     )
 
 
@@ -69,6 +71,11 @@ def letters_for(payload: Payload) -> tuple[list[int], Outcome]:
     if wanted < _LONGEST:
         return dice.choices(LETTERS, k=wanted), Outcome.LENGTH
     return [*dice.choices(LETTERS, k=_LONGEST - 1), EOS], Outcome.STOP
+
+
+def numbers_for(prompt: Sequence[int]) -> list[float]:
+    """The embedding of a prompt: numbers that a float32 holds exactly."""
+    return [float(len(prompt)), *(token / 4 for token in prompt[:3])]
 
 
 def likely(token_id: int, alternatives: int) -> TokenLogprobs:
@@ -116,6 +123,11 @@ class Worker:
         ids = tokens_of(words) if isinstance(words, str) else words
         logprobs = None if alternatives is None else [likely(token_id, alternatives) for token_id in ids]
         delta = TokenDelta(request.request_id, ids, outcome, matched_stop=matched_stop, logprobs=logprobs)
+        await self.tell(request.front, stream.Tokens(replica=self._replica, epoch=Epoch(1, 1), deltas=[delta]))
+
+    async def embed(self, request: Request, payload: Payload) -> None:
+        embedding = array("f", numbers_for(payload.input_ids)).tobytes()
+        delta = TokenDelta(request.request_id, [], Outcome.STOP, embedding=embedding)
         await self.tell(request.front, stream.Tokens(replica=self._replica, epoch=Epoch(1, 1), deltas=[delta]))
 
     async def fail(self, request: Request, code: str, message: str, *, requeue: bool = False) -> None:
@@ -249,6 +261,9 @@ class Rehearsal:
 
     async def _answer(self, enqueue: stream.Enqueue) -> None:
         payload = msgspec.msgpack.decode(enqueue.payload, type=Payload)
+        if payload.embeds:
+            await self.worker.embed(enqueue.request, payload)
+            return
         token_ids, outcome = letters_for(payload)
         for token_id in token_ids[:-1]:
             await self.worker.say(enqueue.request, [token_id], alternatives=payload.logprobs)

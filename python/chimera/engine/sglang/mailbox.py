@@ -6,6 +6,7 @@ it is given these. The order of things stays SGLang's own: one look at the post 
 
 from __future__ import annotations
 
+import re
 import sys
 from array import array
 from collections import deque
@@ -34,6 +35,8 @@ _END_OF_ID = ";"
 _ENDINGS = {"stop": Outcome.STOP, "length": Outcome.LENGTH}
 
 
+_PLACE_IN_SOURCE = re.compile(r"\[[\d:]+\] \S+:\d+: ")
+"""What a grammar's compiler puts before its reasons."""
 _LOOK_AGAIN_S = 0.002
 _SHORT_OF_MEMORY = "Out of memory"
 """How SGLang begins when it aborts a request that it could not keep: no fault of the request, so it is brought again."""
@@ -236,7 +239,7 @@ class Mailbox:
             self._post.give_back(request_id, message)
             return
         code = "bad_request" if status == 400 else "engine_failure"
-        self._post.fail(request_id, code, str(message))
+        self._post.fail(request_id, code, _PLACE_IN_SOURCE.sub("", message).strip())
 
 
 def _generate_request(submission: Submission, *, turn: int) -> TokenizedGenerateReqInput:
