@@ -15,7 +15,7 @@ from chimera.units import MIB
 
 INK, FAINT, GRID = "#2a2f3a", "#8a91a0", "#e6e8ee"
 RUNS = ("#2f6fde", "#e2703a", "#2f9e6e", "#9159c9", "#c9a227", "#d1477a", "#3aa6b9", "#7a7f8c")
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 18, 40, 44
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 18, 52, 44
 
 
 class Curve(msgspec.Struct, frozen=True):
@@ -53,7 +53,7 @@ class _Frame:
             canvas.text(self.x(value), self.bottom + 14, _number(value), size=10.5, anchor="middle", color=FAINT)
         canvas.line([(self.left, self.bottom), (self.right, self.bottom)], FAINT)
         canvas.text((self.left + self.right) / 2, self.bottom + 33, x_label, size=11, anchor="middle", color=FAINT)
-        canvas.text(12, self.top - 9, y_label, size=10.5, color=FAINT)
+        canvas.text(12, 33, y_label, size=10.5, color=FAINT)
 
 
 def colors(names: Sequence[str]) -> dict[str, str]:
@@ -131,7 +131,7 @@ def memory(
     end_s = max((sample.at_s for sample in samples), default=1.0)
     frame = _Frame(canvas, (0, max(end_s, 1e-3)), (0, 1.06 * capacity_bytes / MIB))
     high = capacity_bytes / MIB
-    frame.draw(title, "seconds", "MiB held", _round_steps(end_s), [high * n / 4 for n in range(5)])
+    frame.draw(title, "seconds", "MiB held", _round_steps(end_s), _round_steps(high))
     names = [name for name in hues if any(name in sample.held.get(gpu_id, {}) for sample in samples)]
     floor = [0.0] * len(samples)
     for name in names:

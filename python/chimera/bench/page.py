@@ -62,8 +62,9 @@ Chart = tuple[str, str, tuple[int, int], Draw]
 def _charts(runs: Runs) -> Iterator[Chart]:
     yield from _kept(runs)
     yield from _latencies(runs)
+    hues = _hues(runs)
     for found, _ in runs:
-        yield from _over_time(found)
+        yield from _over_time(found, hues)
 
 
 def _kept(runs: Runs) -> Iterator[Chart]:
@@ -125,9 +126,8 @@ def _latencies(runs: Runs) -> Iterator[Chart]:
         yield name, "Latencies", (560, 340), _drawn(chart.cumulative, title, curves, promise)
 
 
-def _over_time(found: Outcome) -> Iterator[Chart]:
+def _over_time(found: Outcome, hues: Mapping[str, str]) -> Iterator[Chart]:
     seen = found.sighting
-    hues = _hues(found)
     safe = "".join(c if c.isalnum() or c in "-._" else "-" for c in found.name)
     if seen.samples:
         for gpu in seen.gpus:
@@ -151,8 +151,9 @@ def _over_time(found: Outcome) -> Iterator[Chart]:
         )
 
 
-def _hues(found: Outcome) -> Mapping[str, str]:
-    names = set(found.by_model) | {stay.model for stay in found.sighting.stays}
+def _hues(runs: Runs) -> Mapping[str, str]:
+    """A model has one colour in every run."""
+    names = {name for found, _ in runs for name in (*found.by_model, *(stay.model for stay in found.sighting.stays))}
     return chart.colors(sorted(names))
 
 
@@ -183,8 +184,9 @@ def _page(title: str, runs: Runs, charts: Sequence[Chart]) -> Iterator[str]:
         yield f"<h2>{section}</h2>"
         if section == "Memory over time":
             yield '<p class="lead">What each model held, one upon the other; the dashed line is all there is.</p>'
-            legend = Svg(1120, 30 + 20 * (len(_hues(runs[0][0])) // 9))
-            chart.model_legend(legend, _hues(runs[0][0]))
+            hues = _hues(runs)
+            legend = Svg(1120, 30 + 20 * ((len(hues) - 1) // 9))
+            chart.model_legend(legend, hues)
             yield f'<div class="card wide" style="margin-bottom:16px">{legend.markup("models")}</div>'
         yield '<div class="grid">'
         for name, _, size, draw in drawn:

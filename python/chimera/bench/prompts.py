@@ -35,6 +35,8 @@ _PLACES = _listed("""near behind beside above below beyond inside around across 
 _OPENINGS = _listed("""Please Today Yesterday Perhaps Usually Meanwhile Finally Often Once Nearby Indeed Later Suppose Imagine
 Consider Describe Explain Summarize Compare Remember Notice""")
 _FILLERS = _listed("the of and to in is it")
+_MARKS = (".", ",", ";", "!")
+"""One token in nearly every vocabulary, also in one that knows none of these words."""
 _MOST_TRIES = 24
 
 
@@ -130,7 +132,8 @@ class Writer:
         if tokens <= 0:
             return ""
         if not self._short:
-            self._short = [word for word in (*_LINKS, *_NOUNS, *_FILLERS) if self._cost(word) == 1] or [" a"]
+            words = [word for word in (*_LINKS, *_NOUNS, *_FILLERS) if self._cost(word) == 1]
+            self._short = words or [mark for mark in _MARKS if self._cost(mark) == 1] or [" a"]
         return "".join(dice.choices(self._short, k=tokens))
 
     def _count(self, text: str) -> int:
