@@ -23,6 +23,7 @@ from chimera.agent.pool import SPEAK_WITHIN_S, Worker, WorkerPool
 from chimera.agent.roster import Roster
 from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
+from chimera.core.record import Entry
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.errors import ProtocolError
 from chimera.ledger.book import Survivors
@@ -44,6 +45,8 @@ DRAIN_S = 30.0
 PREPARE_AFTER_S = 1.0
 """How long after its start an agent looks for something to prepare: until then the first activations have come."""
 _LEDGERS_EVERY_S = 0.25
+_MOST_UNTOLD = 4096
+"""Entries for control's log that wait for it to come back."""
 
 
 class _Held(msgspec.Struct):
@@ -51,6 +54,7 @@ class _Held(msgspec.Struct):
 
     route: actions.Route
     payload: bytes | None
+    admitted_s: float | None = None
 
 
 class Agent:
@@ -101,6 +105,8 @@ class Agent:
         self._memory_timer: asyncio.TimerHandle | None = None
         self._ledger_timer: asyncio.TimerHandle | None = None
         self._held: dict[str, _Held] = {}
+        self._done: list[Entry] = []
+        """What was done to leases since control last heard of it."""
         self._timer: asyncio.TimerHandle | None = None
         self._to_prepare = deque(prepare)
         """Models whose first activation shall not have to wait for what can be done before."""
@@ -177,7 +183,7 @@ class Agent:
                     self.memory.take_over(worker.activation, message, time.monotonic())
                     self._set_memory_timer()
             case events.RequestFinished(request_id=request_id):
-                self._forget_admitted(request_id)
+                message = msgspec.structs.replace(message, admitted_s=self._forget_admitted(request_id))
                 self._report(message)
                 if not self._control.up:
                     self._ended_meanwhile.append(message)
@@ -291,11 +297,13 @@ class Agent:
         self._held.pop(request_id, None)
         self._decide(events.RequestCancelled(request_id=request_id))
 
-    def _forget_admitted(self, request_id: str) -> None:
-        """Not one whose payload is still here: then it is an older attempt that has ended."""
+    def _forget_admitted(self, request_id: str) -> float | None:
+        """When it was admitted. Not one whose payload is still here: then it is an older attempt that has ended."""
         held = self._held.get(request_id)
-        if held is not None and held.payload is None:
-            del self._held[request_id]
+        if held is None or held.payload is not None:
+            return None
+        del self._held[request_id]
+        return held.admitted_s
 
     # Carrying out.
 
@@ -348,7 +356,7 @@ class Agent:
             payload=held.payload,
             request=held.route.request,
         )
-        held.payload = None
+        held.payload, held.admitted_s = None, time.monotonic()
         self._tell(admitted.replica, admitted.epoch, submission)
 
     def _tell(self, replica: ReplicaId, epoch: Epoch | None, message: Message) -> None:
@@ -367,6 +375,17 @@ class Agent:
     def _order_pages(self, order: actions.Grant | actions.Recall) -> None:
         name = type(order).__name__.lower()
         log.info("%s replica=%s pages=%d reason=%r", name, order.replica, order.level, order.reason)
+        self._done.append(
+            Entry(
+                at_s=time.monotonic(),
+                what=name,
+                model=order.replica.model,
+                replica=str(order.replica),
+                gpus=(order.gpu_id,),
+                pages=order.level,
+                reason=order.reason,
+            )
+        )
         self._tell(order.replica, order.epoch, order)
 
     def _start_replica(self, activation: actions.Activate) -> None:
@@ -404,6 +423,10 @@ class Agent:
         self._ledger_timer = None
         if self.memory is not None:
             self._control.send(stream.LedgerTold(view=self.memory.view(time.monotonic())))
+        if self._done and self._control.up:
+            self._control.send(stream.EntriesTold(entries=tuple(self._done)))
+            self._done.clear()
+        del self._done[:-_MOST_UNTOLD]
 
     def _wake_at(self, at_s: float) -> None:
         if self._timer is not None:

@@ -12,8 +12,12 @@ from pathlib import Path
 
 from chimera.control.charge import Charge
 from chimera.control.exchange import Exchange
+from chimera.control.witness import Witness
+from chimera.records.keeper import Keeper
+from chimera.units import MIB
 from chimera.wire import process
 
+DAY_S = 86_400.0
 LAST_OUT_S = 60.0
 """How long the others, told to drain as well, may take to be gone."""
 
@@ -23,11 +27,16 @@ def main() -> int:
     parser.add_argument("--run-dir", type=Path, required=True, help="where the sockets are")
     parser.add_argument("--deployment", type=Path, required=True, help="the models and where they are wanted, as JSON")
     parser.add_argument("--decisions", type=Path, help="write every decision to this file")
+    parser.add_argument("--records", type=Path, help="keep what happens to requests and replicas in this file")
+    parser.add_argument("--records-bytes", type=int, default=256 * MIB, help="the most that file may hold")
+    parser.add_argument("--records-days", type=float, default=7.0, help="how long what it holds is kept")
+    parser.add_argument("--no-metrics", action="store_true", help="count nothing and keep no records")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
     process.start_logging("control", arguments.log_level)
     charge = Charge.read(arguments.deployment)
 
+    witness = None if arguments.no_metrics else Witness(_keeper(arguments))
     decisions = None if arguments.decisions is None else process.fresh_log(arguments.decisions)
 
     async def live(stop: asyncio.Event) -> None:
@@ -38,6 +47,7 @@ def main() -> int:
             costs=charge.costs,
             socket=arguments.run_dir / "control.sock",
             decisions=decisions,
+            witness=witness,
         )
         starter = os.getppid()
         await exchange.start()
@@ -51,6 +61,12 @@ def main() -> int:
             shutil.rmtree(arguments.run_dir, ignore_errors=True)
 
     return process.run(live)
+
+
+def _keeper(arguments: argparse.Namespace) -> Keeper | None:
+    if arguments.records is None:
+        return None
+    return Keeper(arguments.records, limit_bytes=arguments.records_bytes, keep_s=arguments.records_days * DAY_S)
 
 
 if __name__ == "__main__":

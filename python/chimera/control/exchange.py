@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from chimera.control.telemetry import Telemetry
+from chimera.control.witness import Witness
+from chimera.core.measures import Measures
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement
 from chimera.core.replica import ReplicaId, ReplicaState
@@ -58,6 +60,7 @@ class Exchange:
         policy: str = "static",
         costs: CostTable | None = None,
         decisions: Callable[[bytes], object] | None = None,
+        witness: Witness | None = None,
     ) -> None:
         self.scheduler = ControlScheduler(wanted, policy=policy, costs=costs)
         self._has_costs = costs is not None
@@ -67,6 +70,8 @@ class Exchange:
         self._decisions = decisions
         if decisions is not None:
             decisions(self._recorder.opening())
+        self._witness = witness
+        """Empty where nobody counts."""
         self._server: Server | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._telemetry = Telemetry()
@@ -81,6 +86,8 @@ class Exchange:
         """Of requests that an agent may have which is not here now, or from an earlier control."""
 
     async def start(self) -> None:
+        if self._witness is not None:
+            self._witness.start()
         for model in self._models.values():
             self._decide(events.ModelRegistered(model=model))
         self._server = await serve(self._socket, self._greet)
@@ -99,6 +106,8 @@ class Exchange:
         self._agents.clear()  # their connections end because we go, not they
         if self._server is not None:
             await self._server.close()
+        if self._witness is not None:
+            self._witness.close()
 
     # Who comes and goes.
 
@@ -151,6 +160,8 @@ class Exchange:
         if self._fronts.get(front.name) is front:
             del self._fronts[front.name]
             self._parted.set()
+        if self._witness is not None:
+            self._witness.front_gone(front.name)
         open_requests = self.scheduler.requests_of(front.name)
         log.log(
             logging.WARNING if open_requests else logging.INFO,
@@ -213,6 +224,12 @@ class Exchange:
                     self._payloads.pop(request.request_id, None)  # told twice: an agent has it
             case stream.Cancel(request_id=request_id):
                 self._cancel(message, request_id)
+            case stream.RequestTold(record=record) if self._witness is not None:
+                self._witness.told(record)
+            case stream.TallyTold(tally=tally) if self._witness is not None:
+                self._witness.tallied(name, tally)
+            case stream.MeasuresWanted():
+                channel.send(self._measures())
             case stream.SnapshotWanted():
                 channel.send(self._snapshot())
             case events.LoadWanted() | events.UnloadWanted():
@@ -242,8 +259,13 @@ class Exchange:
                 self._decide(message)
             case stream.Heartbeat():
                 self._telemetry.note(message)
+                if self._witness is not None:
+                    self._witness.beat(message)
             case stream.LedgerTold(view=view):
                 self._telemetry.note_ledgers(name, view)
+            case stream.EntriesTold(entries=entries):
+                if self._witness is not None:
+                    self._witness.log(entries)
             case _:
                 log.warning("agent %s says what control does not understand: %s", name, type(message).__name__)
         if isinstance(message, News):
@@ -306,6 +328,10 @@ class Exchange:
             agent.send(cancel)
         self._stray.append(cancel)
 
+    def _measures(self) -> stream.MeasuresTaken:
+        measures = Measures() if self._witness is None else self._witness.measures()
+        return stream.MeasuresTaken(measures=measures, snapshot=self._snapshot().snapshot)
+
     def _snapshot(self) -> stream.SnapshotTaken:
         return stream.SnapshotTaken(snapshot=self._telemetry.overlay(self.scheduler.snapshot(time.monotonic())))
 
@@ -314,10 +340,13 @@ class Exchange:
     def _decide(self, event: ControlInput) -> list[Action]:
         now = time.monotonic()
         decided = self.scheduler.on(event, now)
+        took_s = time.monotonic() - now
         if self._decisions is not None:
             self._decisions(self._recorder.line(now, event, decided))
         for action in decided:
             self._perform(action)
+        if self._witness is not None:
+            self._witness.step(event, decided, now, took_s)
         return decided
 
     def _perform(self, action: Action) -> None:

@@ -65,6 +65,8 @@ class Stats(msgspec.Struct, frozen=True, kw_only=True):
     queued: int = 0
     kv_tokens: int = 0
     kv_used_tokens: int = 0
+    lost_cached_tokens: int = 0
+    """Cached prefixes that went because memory was recalled, since the model came up."""
 
 
 class Holding(msgspec.Struct, frozen=True, kw_only=True):

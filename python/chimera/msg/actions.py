@@ -8,6 +8,7 @@ import msgspec
 
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Seat
+from chimera.core.record import Alternative
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
 
@@ -52,6 +53,8 @@ class Activate(Action, frozen=True, kw_only=True):
     epoch: Epoch | None = None
     lease: FirstLease | None = None
     """Set by the agent that obeys, where KV memory is elastic."""
+    alternatives: tuple[Alternative, ...] = ()
+    """What else was weighed when this was decided; told to control's readers, not to agents."""
 
 
 class Deactivate(Action, frozen=True, kw_only=True):
@@ -60,6 +63,7 @@ class Deactivate(Action, frozen=True, kw_only=True):
     replica: ReplicaId
     epoch: Epoch
     drain_s: float = 0.0
+    alternatives: tuple[Alternative, ...] = ()
 
 
 class Pause(Action, frozen=True, kw_only=True):

@@ -54,6 +54,8 @@ class RequestFinished(Event, frozen=True, kw_only=True):
     outcome: Outcome
     output_tokens: int
     cached_tokens: int = 0
+    admitted_s: float | None = None
+    """When its engine was given it, as the agent says that passes this on."""
 
 
 class AgentJoined(Event, frozen=True, kw_only=True):

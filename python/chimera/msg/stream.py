@@ -11,7 +11,9 @@ from typing import Literal
 import msgspec
 
 from chimera.core.ledger_view import LedgerView
+from chimera.core.measures import Measures, Tally
 from chimera.core.model import ModelSpec
+from chimera.core.record import Entry, RequestRecord
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
 from chimera.core.snapshot import Snapshot
@@ -165,6 +167,8 @@ class Heartbeat(Stream, frozen=True, kw_only=True):
     queued: int
     kv_tokens: int
     kv_used_tokens: int
+    lost_cached_tokens: int = 0
+    """Cached prefixes that went because memory was recalled, in this life."""
 
 
 class Fork(Stream, frozen=True, kw_only=True):
@@ -213,6 +217,33 @@ class ReplicaNews(Stream, frozen=True, kw_only=True):
     load_s: float | None = None
     failed: bool = False
     """It has stopped because it could not be brought up, or was lost."""
+
+
+class RequestTold(Stream, frozen=True, kw_only=True):
+    """How a client's request went, from its front-end to control, once it has ended."""
+
+    record: RequestRecord
+
+
+class TallyTold(Stream, frozen=True, kw_only=True):
+    """What a front-end has counted since it began: levels, never differences. On change and at most every so often."""
+
+    tally: Tally
+
+
+class EntriesTold(Stream, frozen=True, kw_only=True):
+    """What an agent has done by itself, for control's log of actions."""
+
+    entries: tuple[Entry, ...]
+
+
+class MeasuresWanted(Stream, frozen=True, kw_only=True):
+    """Ask control for all that has been counted; the newest `TallyTold` of the one who asks came before this."""
+
+
+class MeasuresTaken(Stream, frozen=True, kw_only=True):
+    measures: Measures
+    snapshot: Snapshot
 
 
 class SnapshotWanted(Stream, frozen=True, kw_only=True):

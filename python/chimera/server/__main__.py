@@ -46,7 +46,15 @@ async def _serve(arguments: argparse.Namespace, listener: socket.socket) -> None
     starter = os.getppid()
     # No two front-ends ever have the same name: who looks for a dead one must not find its successor.
     name = f"{arguments.name}.{os.getpid()}"
-    front = FrontEnd(run_dir=arguments.run_dir, name=name, listener=listener, access=_access(arguments.access))
+    front = FrontEnd(
+        run_dir=arguments.run_dir,
+        name=name,
+        listener=listener,
+        access=_access(arguments.access),
+        metrics=not arguments.no_metrics,
+        records=arguments.records,
+        record_texts=arguments.record_prompts,
+    )
     await front.start()
     gc.collect()
     gc.freeze()  # what start-up made stays; looking through it again would cost every stream a pause
@@ -81,6 +89,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=8000, help="several front-ends may share it; 0 lets the system choose")
     parser.add_argument("--access", type=Path, help="who may ask for what, as whoever starts this has written it down")
     parser.add_argument("--drain-s", type=float, default=30.0, help="how long open answers may go on after SIGTERM")
+    parser.add_argument("--records", type=Path, help="the file that control keeps its records in")
+    parser.add_argument("--record-prompts", action="store_true", help="have what is asked and answered kept there as well")
+    parser.add_argument("--no-metrics", action="store_true", help="count nothing and tell nothing for the records")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser
 

@@ -68,10 +68,14 @@ class Answer:
         "cached_tokens",
         "embedding",
         "emitted",
+        "ended_s",
+        "error",
         "finish",
+        "first_token_s",
         "index",
         "logprobs",
         "model",
+        "newest_token_s",
         "prompt_ids",
         "request_id",
         "source",
@@ -105,6 +109,10 @@ class Answer:
         self.embedding = b""
         """When that is what is wanted: float32, lowest byte first."""
         self.finish: Finish | None = None
+        self.error: RequestError | None = None
+        self.first_token_s: float | None = None
+        self.newest_token_s: float | None = None
+        self.ended_s: float | None = None
         self.tries = 0
         self.source: object | None = None
         """The connection its tokens come by, from the first on; tokens from anywhere else are not for it."""
@@ -196,8 +204,9 @@ class Answer:
         if field is not None and error.code in ("bad_request", "unsupported_parameter"):
             # Of a request that came so far, only the form can still be wrong.
             error = RequestError(error.code, f"{field}: {error.message}", param=field)
+        self.error, self.ended_s = error, time.monotonic()
         self._reader.fail(error)
 
     def _close(self, finish: Finish, text: str) -> None:
-        self.finish = finish
+        self.finish, self.ended_s = finish, time.monotonic()
         self._reader.end(text, self)

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import msgspec
@@ -19,7 +20,9 @@ from chimera.core.replica import ReplicaState
 from chimera.core.snapshot import Snapshot
 from chimera.errors import RequestError
 from chimera.msg.stream import Grammar, Sampling
+from chimera.parsing.tokenizer import ModelTokenizer
 from chimera.server import embeddings, intake, openapi
+from chimera.server.account import Account, Caller, client_id
 from chimera.server.answer import Answer, Terms
 from chimera.server.anthropic import CountRequest, MessagesRequest
 from chimera.server.anthropic_told import AnthropicMessage, MessageEvent, TokenCount
@@ -33,6 +36,7 @@ from chimera.server.errors import error_response, refusal_response
 from chimera.server.gate import GUEST, Gate, Guest
 from chimera.server.intake import CompletionWish
 from chimera.server.native import Generated, GenerateRequest
+from chimera.server.observatory import Observatory
 from chimera.server.operator import Operator
 from chimera.server.readers import EventStream, FirstToken, WholeBody
 from chimera.server.relay import Relay
@@ -79,12 +83,22 @@ class Health(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class App:
     """What every route needs."""
 
-    def __init__(self, catalogue: Catalogue, desk: Desk, relay: Relay, gate: Gate) -> None:
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        desk: Desk,
+        relay: Relay,
+        gate: Gate,
+        account: Account | None = None,
+        records: Path | None = None,
+    ) -> None:
+        self._account = account
         self._gate = gate
         self._catalogue = catalogue
         self._desk = desk
         self._relay = relay
         self._operator = Operator(catalogue, relay)
+        self._observatory = Observatory(relay, records)
         self._document = b""
 
     def routes(self) -> list[Route]:
@@ -208,11 +222,13 @@ class App:
                 gives=dict[str, Any],
             ),
         ]
-        return mine + self._operator.routes()
+        return mine + self._operator.routes() + self._observatory.routes()
 
     def build(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_in_one_shape, self._gate.middleware])
         app.on_response_prepare.append(self._gate.on_prepare)
+        if self._account is not None:
+            app.on_response_prepare.append(self._account.on_prepare)
         routes = self.routes()
         self._document = msgspec.json.encode(openapi.document(routes))
         self._gate.guard(routes)
@@ -253,7 +269,8 @@ class App:
             )
             for index, one in enumerate(terms)
         ]
-        return await self._answered(http, guest, prompts, answers, reader.respond(http, {"x-request-id": request_id}))
+        response = reader.respond(http, {"x-request-id": client_id(http) or request_id})
+        return await self._answered(http, guest, tokenizer, prompts, answers, response)
 
     def _embedding(self, kind: type[EmbeddingRequest | EncodeRequest]) -> Handler:
         return partial(self._embed, msgspec.json.Decoder(kind))
@@ -287,7 +304,8 @@ class App:
             )
             for index, one in enumerate(terms)
         ]
-        return await self._answered(http, guest, prompts, answers, reader.respond(http, {"x-request-id": request_id}))
+        response = reader.respond(http, {"x-request-id": client_id(http) or request_id})
+        return await self._answered(http, guest, tokenizer, prompts, answers, response)
 
     def _asked_for(self, name: str | None, guest: Guest, *, embeds: bool) -> ModelSpec:
         spec = self._catalogue.resolve(name)
@@ -301,6 +319,7 @@ class App:
         self,
         http: web.Request,
         guest: Guest,
+        tokenizer: ModelTokenizer,
         prompts: Sequence[Sequence[int]],
         answers: Sequence[Answer],
         response: Awaitable[web.StreamResponse],
@@ -310,6 +329,10 @@ class App:
             return await self._wait_for(answers, response)
         finally:
             guest.charge(sum(len(answer.emitted) for answer in answers))
+            if self._account is not None:
+                caller = Caller.of(http, guest.key.name)
+                for answer in answers:
+                    self._account.close_book(answer, caller, tokenizer)
 
     async def _count_tokens(self, http: web.Request) -> web.Response:
         body = await read_body(http)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 
 import msgspec
 
+from chimera.core.measures import GAP_S, Steps
 from chimera.errors import RequestError
 from chimera.msg.actions import Reject, Requeue
 from chimera.msg.events import Outcome
@@ -34,8 +36,10 @@ class Patience(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Desk:
-    def __init__(self, name: str, patience: Patience) -> None:
+    def __init__(self, name: str, patience: Patience, count: Callable[[str], Steps] | None = None) -> None:
+        """`count` gives what a model's tokens are counted in; without it nobody counts."""
         self._name = name
+        self._count = count
         self._patience = patience
         self._loop = asyncio.get_running_loop()
         self._open: dict[str, Answer] = {}
@@ -118,6 +122,9 @@ class Desk:
         """What the worker at the other end of the connection `worker` says."""
         if isinstance(message, Tokens):
             find = self._open.get
+            count = None if self._count is None else self._count(message.replica.model)
+            now = time.monotonic()
+            before_s, alike = 0.0, 0  # most of a step's requests had their last token in one step as well
             for delta in message.deltas:
                 answer = find(delta.request_id)
                 if answer is None:
@@ -126,11 +133,25 @@ class Desk:
                     if answer.source is not None:
                         continue
                     answer.source = worker
+                if count is not None:
+                    newest_s = answer.newest_token_s
+                    if newest_s == before_s:
+                        alike += 1
+                    elif newest_s is None:
+                        answer.first_token_s = now
+                    else:
+                        if alike:
+                            count.gaps.see(now - before_s, GAP_S, alike)
+                        before_s, alike = newest_s, 1
+                    answer.newest_token_s = now
+                    count.tokens += len(delta.token_ids)
                 if delta.outcome is not None:
                     self._end(answer, delta, delta.outcome)
                 elif answer.take(delta):  # a stop string, of which the engine knows nothing
                     self._remove(answer)
                     self._cancel(answer)
+            if count is not None and alike:
+                count.gaps.see(now - before_s, GAP_S, alike)
         elif isinstance(message, Failed):
             answer = self._open.get(message.request_id)
             if answer is None or answer.source not in (None, worker):

@@ -13,11 +13,13 @@ from aiohttp import web
 
 from chimera.core.access import Access
 from chimera.errors import RequestError
+from chimera.server.account import Account
 from chimera.server.app import App
 from chimera.server.catalogue import Catalogue
 from chimera.server.desk import Desk, Patience
 from chimera.server.gate import Gate
 from chimera.server.relay import Relay
+from chimera.wire.codec import Message
 
 _LAST_WORDS_S = 0.5
 """What a handler is given to send its last event when the front-end leaves."""
@@ -50,15 +52,20 @@ class FrontEnd:
         listener: socket.socket,
         patience: Patience | None = None,
         access: Access | None = None,
+        metrics: bool = True,
+        records: Path | None = None,
+        record_texts: bool = False,
     ) -> None:
+        """Without `metrics` nothing is counted and nothing is told for the records."""
         access = access or Access()
         self._tls = _tls(access)
         self.catalogue = Catalogue()
-        self.desk = Desk(name, patience or Patience())
-        self._relay = Relay(run_dir, name, self.catalogue, self.desk)
+        self._account = Account(self._tell_control, texts=record_texts) if metrics else None
+        self.desk = Desk(name, patience or Patience(), None if self._account is None else self._account.steps)
+        self._relay = Relay(run_dir, name, self.catalogue, self.desk, self._account)
         self._name = name
         self._listener = listener
-        app = App(self.catalogue, self.desk, self._relay, Gate(access)).build()
+        app = App(self.catalogue, self.desk, self._relay, Gate(access), self._account, records).build()
         # Cancelled handlers are how a client that leaves is noticed.
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=_LAST_WORDS_S)
 
@@ -91,7 +98,13 @@ class FrontEnd:
         self.desk.fail_all(RequestError("service_unavailable", "the server is stopping", retry_after_s=1))
         await self._runner.cleanup()
         self.desk.close()
+        if self._account is not None:
+            self._account.tell()
+            self._account.close()
         await self._relay.close()
+
+    def _tell_control(self, message: Message) -> bool:
+        return self._relay.tell(message)
 
 
 def _tls(access: Access) -> ssl.SSLContext | None:

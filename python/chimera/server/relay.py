@@ -10,11 +10,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from chimera.core.measures import Measures
 from chimera.core.snapshot import Snapshot
 from chimera.errors import ProtocolError, RequestError
 from chimera.msg.actions import Reject, Requeue
 from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, UnloadWanted
-from chimera.msg.stream import Hello, ReplicaNews, SnapshotTaken, SnapshotWanted
+from chimera.msg.stream import Hello, MeasuresTaken, MeasuresWanted, ReplicaNews, SnapshotTaken, SnapshotWanted
+from chimera.server.account import Account
 from chimera.server.catalogue import Catalogue
 from chimera.server.desk import Desk
 from chimera.wire.channel import Channel, Server, serve
@@ -45,8 +47,9 @@ class Watch:
 
 
 class Relay:
-    def __init__(self, run_dir: Path, name: str, catalogue: Catalogue, desk: Desk) -> None:
+    def __init__(self, run_dir: Path, name: str, catalogue: Catalogue, desk: Desk, account: Account | None = None) -> None:
         self._name = name
+        self._account = account
         self._worker_path = run_dir / f"{name}.sock"
         self._catalogue = catalogue
         self._desk = desk
@@ -58,6 +61,8 @@ class Relay:
         """Control is there, and has told of all its models since it came."""
         self._snapshot: asyncio.Future[Snapshot] | None = None
         """What everyone who asked for the system's state waits for."""
+        self._measures: asyncio.Future[tuple[Measures, Snapshot]] | None = None
+        """The same for what has been counted."""
         self._watches: set[Watch] = set()
 
     async def start(self) -> None:
@@ -81,6 +86,27 @@ class Relay:
                 return await asyncio.shield(self._snapshot)
         except TimeoutError:
             raise RequestError("gateway_timeout", f"control said nothing for {_SNAPSHOT_WITHIN_S:g} s") from None
+
+    async def measures(self) -> tuple[Measures, Snapshot]:
+        """All that the whole server has counted, what happened here up to now included."""
+        if not self._control.up:
+            raise RequestError("service_unavailable", "the server's control process is away", retry_after_s=1)
+        if self._measures is None:
+            if self._account is not None:
+                self._account.tell()
+            self._measures = asyncio.get_running_loop().create_future()
+            self._control.send(MeasuresWanted())
+        try:
+            async with asyncio.timeout(_SNAPSHOT_WITHIN_S):
+                return await asyncio.shield(self._measures)
+        except TimeoutError:
+            raise RequestError("gateway_timeout", f"control said nothing for {_SNAPSHOT_WITHIN_S:g} s") from None
+
+    def tell(self, message: Message) -> bool:
+        """Whether control is there to hear it."""
+        if self._control.up:
+            self._control.send(message)
+        return self._control.up
 
     @contextmanager
     def watch(self, order: str = "") -> Iterator[Watch]:
@@ -106,6 +132,8 @@ class Relay:
         self._control.send(Hello(role="front", name=self._name, pid=os.getpid()))
         self._control.send(SnapshotWanted())  # its answer comes after the last model's registration
         self._desk.control_is_there(self._control.send)
+        if self._account is not None:
+            self._account.tell()
 
     def _control_went(self) -> None:
         _log.warning("control is away")
@@ -113,10 +141,11 @@ class Relay:
         self._desk.control_is_lost()
         for watch in self._watches:
             watch.tell(None)
+        gone = RequestError("service_unavailable", "the server's control process went away", retry_after_s=1)
         if self._snapshot is not None:
-            self._settle_snapshot().set_exception(
-                RequestError("service_unavailable", "the server's control process went away", retry_after_s=1)
-            )
+            self._settle_snapshot().set_exception(gone)
+        if self._measures is not None:
+            self._settle_measures().set_exception(gone)
 
     def _on_control(self, message: Message) -> None:
         match message:
@@ -137,6 +166,8 @@ class Relay:
                 self.in_touch = True
                 if self._snapshot is not None:
                     self._settle_snapshot().set_result(snapshot)
+            case MeasuresTaken(measures=measures, snapshot=snapshot) if self._measures is not None:
+                self._settle_measures().set_result((measures, snapshot))
             case _:
                 _log.debug("control sent a %s, which is not for a front-end", type(message).__name__)
 
@@ -144,6 +175,12 @@ class Relay:
         assert self._snapshot is not None
         future, self._snapshot = self._snapshot, None
         future.add_done_callback(lambda done: done.exception())  # whoever waited may have left
+        return future
+
+    def _settle_measures(self) -> asyncio.Future[tuple[Measures, Snapshot]]:
+        assert self._measures is not None
+        future, self._measures = self._measures, None
+        future.add_done_callback(lambda done: done.exception())
         return future
 
     def _worker_came(self, channel: Channel) -> None:

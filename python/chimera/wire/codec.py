@@ -63,6 +63,11 @@ Message = (
     | stream.Prepared
     | stream.LedgerTold
     | stream.ReplicaNews
+    | stream.RequestTold
+    | stream.TallyTold
+    | stream.EntriesTold
+    | stream.MeasuresWanted
+    | stream.MeasuresTaken
     | stream.SnapshotWanted
     | stream.SnapshotTaken
     | stream.Stop

@@ -220,6 +220,7 @@ class Life:
                 queued=stats.queued,
                 kv_tokens=stats.kv_tokens,
                 kv_used_tokens=stats.kv_used_tokens,
+                lost_cached_tokens=stats.lost_cached_tokens,
             )
         )
 

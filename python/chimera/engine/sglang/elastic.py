@@ -68,6 +68,8 @@ class ElasticKv:
         self._wanted_tokens = 0
         self._wanted_due_s = 0.0
         self._stalled_since_s = math.inf
+        self.lost_cached_tokens = 0
+        """Prefixes that went because memory was recalled."""
 
     # While SGLang is built.
 
@@ -236,7 +238,9 @@ class ElasticKv:
         """Prefixes go by SGLang's own measure of their value, wherever they lie."""
         excess = self._owned_pool.slots.used + self._owned_pool.slots.block_slots - slots
         if excess > 0:
+            before = self._owned_pool.slots.used
             self._scheduler.tree_cache.evict(EvictParams(num_tokens=excess))
+            self.lost_cached_tokens += before - self._owned_pool.slots.used
 
     def _clear_the_leaving(self) -> None:
         """Move what lies on leaving stripes to slots that stay; what finds no room waits for its request to end."""

@@ -184,6 +184,7 @@ class SglangEngine:
             queued=len(scheduler.waiting_queue),
             kv_tokens=total,
             kv_used_tokens=total - free,
+            lost_cached_tokens=0 if self._kv is None else self._kv.lost_cached_tokens,
         )
 
     def holding(self) -> Holding | None:
