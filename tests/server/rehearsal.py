@@ -16,7 +16,9 @@ from typing import Any, TypeVar
 import msgspec
 from chimera.core.gpu import Gpu
 from chimera.core.ledger_view import GpuLedgerView
+from chimera.core.measures import Measures
 from chimera.core.model import ModelSpec
+from chimera.core.record import RequestRecord
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
 from chimera.core.snapshot import ReplicaView, Snapshot
@@ -148,6 +150,8 @@ class Rehearsal:
         self.enqueued: News[stream.Enqueue] = News()
         """Filled only while holding."""
         self.cancelled: News[str] = News()
+        self.records: News[RequestRecord] = News()
+        self.measures = Measures()
         self.worker = self.another_worker(run_dir)
         self.serving: list[ReplicaId] = [ReplicaId(models[0].name)]
         self.fronts: list[Channel] = []
@@ -230,6 +234,12 @@ class Rehearsal:
             case stream.SnapshotWanted():
                 channel.send(stream.SnapshotTaken(snapshot=self.snapshot()))
                 self.greeted.set()
+            case stream.RequestTold(record=record):
+                self.records.put_nowait(record)
+            case stream.TallyTold(tally=tally):
+                self.measures.tally = tally
+            case stream.MeasuresWanted():
+                channel.send(stream.MeasuresTaken(measures=self.measures, snapshot=self.snapshot()))
             case stream.Cancel(request_id=request_id):
                 self.cancelled.put_nowait(request_id)
             case stream.Enqueue():

@@ -6,7 +6,7 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from chimera.cli import costs, door, images
+from chimera.cli import costs, door, images, keeping
 from chimera.cli.supervisor import Service, Supervisor
 from chimera.config.deployment import Deployment, deployment_of_models, load_placement
 from chimera.config.nvml import read_nvml
@@ -37,6 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--drain", metavar="30s", default="30s", help="how long open answers may go on after Ctrl-C")
     parser.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="warning")
     parser.add_argument("--log-dir", type=Path, help="keep a log of each process, and every decision, in this folder")
+    keeping.configure(parser)
     parser.add_argument("--run-dir", type=Path, help="where the sockets go (default: a new private folder)")
     parser.add_argument(
         "--async-loading", action="store_true", help="say where it listens as soon as it does; requests wait for their models"
@@ -98,6 +99,7 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         log_level=arguments.log_level,
         log_dir=arguments.log_dir,
         run_dir=arguments.run_dir,
+        keeping=keeping.of(arguments),
         images=shared,
         async_loading=arguments.async_loading,
         access=door.access_of(arguments),

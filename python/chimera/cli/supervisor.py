@@ -26,6 +26,7 @@ import msgspec
 from chimera.cli import port as port_of
 from chimera.cli import run_dir
 from chimera.cli.images import Images
+from chimera.cli.keeping import Keeping
 from chimera.control.charge import Charge
 from chimera.core.access import Access
 from chimera.core.gpu import Gpu
@@ -72,6 +73,8 @@ class Service:
     log_dir: Path | None = None
     """Where logs and decisions are kept; else logs go to standard error and decisions go with the run directory."""
     run_dir: Path | None = None
+    keeping: Keeping = field(default_factory=Keeping)
+    """Metrics and records."""
     access: Access = field(default_factory=Access)
     images: Images | None = None
     """Where workers share weights; else each reads its model's files."""
@@ -186,6 +189,8 @@ class Supervisor:
                 parent += ["--images-bytes", str(service.images.budget_bytes)]
         front = ["chimera.server", "--run-dir", folder, "--host", service.host, "--port", str(port)]
         front += ["--access", str(self._dir / "access.json")]
+        control += service.keeping.words_for_control(self._dir)
+        front += service.keeping.words_for_front(self._dir)
         drain = ["--drain-s", str(service.drain_s)]
         return [
             _child("parent", *parent, *level),

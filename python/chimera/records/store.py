@@ -23,9 +23,9 @@ from chimera.units import MIB
 
 VERSION: Final = 1
 _APPLICATION: Final = 0x43686D72  # "Chmr"
-LEAST_BYTES: Final = 2 * MIB
-_FULL: Final = 0.7
-"""The part of the limit at which the oldest rows go: the log of their going needs room as well."""
+LEAST_BYTES: Final = 16 * MIB
+_FULL: Final = 0.6
+"""The part of the limit at which the oldest rows go: the log of their coming and going needs room as well."""
 _GOING: Final = 5
 """A fifth of each table goes at once."""
 
@@ -121,7 +121,7 @@ def write(connection: sqlite3.Connection, rows: Iterable[RequestRecord | Attempt
 
 
 def size_bytes(connection: sqlite3.Connection) -> int:
-    """Of the file; the log beside it is emptied whenever this has been asked to `keep_within`."""
+    """Of the file; the log beside it is emptied into it every 4 MiB, and by `keep_within`."""
     return _pragma(connection, "page_count") * _pragma(connection, "page_size")
 
 
