@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
 from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement, Seat
+from chimera.core.record import Alternative
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
 from chimera.core.snapshot import ReplicaView, Snapshot
@@ -481,11 +482,13 @@ class ControlScheduler:
     def _activate(self, place: Place, reason: str, now: float) -> Activate:
         place.enter(PlaceState.LOADING, now)
         self._note_due(place)
-        return Activate(model=self._models[place.replica.model], seat=place.seat, reason=reason)
+        model = self._models[place.replica.model]
+        return Activate(model=model, seat=place.seat, reason=reason, alternatives=place.weighed)
 
-    def _deactivate(self, replica: ReplicaId, epoch: Epoch, reason: str) -> Deactivate:
+    def _deactivate(self, replica: ReplicaId, epoch: Epoch, reason: str, weighed: tuple[Alternative, ...] = ()) -> Deactivate:
         model = self._models.get(replica.model)
-        return Deactivate(replica=replica, epoch=epoch, drain_s=model.drain_s if model else 0.0, reason=reason)
+        drain_s = model.drain_s if model else 0.0
+        return Deactivate(replica=replica, epoch=epoch, drain_s=drain_s, reason=reason, alternatives=weighed)
 
     def _abandon(self, place: Place, now: float) -> Iterator[Action]:
         """Nobody waits for a replica that will not come: elsewhere if there is an elsewhere, else a clear end."""
@@ -542,13 +545,16 @@ class ControlScheduler:
         self._demands.pop(model, None)
         self._review_soon(now)
 
-    def _settle(self, model: str, now: float, purposes: Mapping[ReplicaId, str] | None = None) -> Iterator[Action]:
+    def _settle(self, model: str, now: float, decision: Decision | None = None) -> Iterator[Action]:
         """Makes the places that are wanted for a registered model, and starts those whose agent is here."""
         if model not in self._models:
             return
         for seat in self._wanted.seats:
             if seat.replica.model == model and seat.replica not in self._places:
-                place = Place(seat=seat, since_s=now, purpose=(purposes or {}).get(seat.replica, ""))
+                place = Place(seat=seat, since_s=now)
+                if decision is not None:
+                    place.purpose = decision.reasons.get(seat.replica, "")
+                    place.weighed = decision.alternatives.get(seat.replica, ())
                 self._list(place)
                 self._await_agent(place, now)
         yield from self._start_absent(self._places_of(model), now)
@@ -699,21 +705,21 @@ class ControlScheduler:
         self._wanted = decision.placement
         for seat in change.stop:
             reason = decision.reasons.get(seat.replica, f"the {self._policy.name} policy wants it elsewhere")
-            yield from self._unwant(seat.replica, reason, now)
+            yield from self._unwant(seat.replica, reason, now, decision.alternatives.get(seat.replica, ()))
         for seat in change.resize:
             if seat.replica in self._places:
                 self._places[seat.replica].seat = seat
         for model in dict.fromkeys(seat.replica.model for seat in change.start):
-            yield from self._settle(model, now, decision.reasons)
+            yield from self._settle(model, now, decision)
         for model in [model for model, queue in self._held.items() if len(queue)]:
             yield from self._refuse_held(model, now)  # `static` gives some of them no place
 
-    def _unwant(self, replica: ReplicaId, reason: str, now: float) -> Iterator[Action]:
+    def _unwant(self, replica: ReplicaId, reason: str, now: float, weighed: tuple[Alternative, ...] = ()) -> Iterator[Action]:
         place = self._places.get(replica)
         if place is None or place.state is PlaceState.LEAVING:
             return
         if place.state is PlaceState.SERVING and place.epoch is not None:
-            yield self._deactivate(replica, place.epoch, reason)
+            yield self._deactivate(replica, place.epoch, reason, weighed)
             place.enter(PlaceState.LEAVING, now)
             self._note_due(place)
         elif place.state is PlaceState.LOADING:
@@ -740,9 +746,9 @@ class ControlScheduler:
             place.failures = 0
             self._await_agent(place, now)
         others = [other for other in self._wanted.seats if other.replica != event.replica]
-        placement, reasons = Placement((*others, seat)), {event.replica: "the operator wants it loaded"}
-        yield from self._want(Decision(placement=placement, reasons=reasons), now)
-        yield from self._settle(event.replica.model, now, reasons)
+        decision = Decision(placement=Placement((*others, seat)), reasons={event.replica: "the operator wants it loaded"})
+        yield from self._want(decision, now)
+        yield from self._settle(event.replica.model, now, decision)
 
     def _unload_wanted(self, event: UnloadWanted, now: float) -> Iterator[Action]:
         if event.model not in self._models:

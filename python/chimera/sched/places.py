@@ -15,6 +15,7 @@ import enum
 import msgspec
 
 from chimera.core.placement import Seat
+from chimera.core.record import Alternative
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
 
@@ -64,6 +65,8 @@ class Place(msgspec.Struct, kw_only=True):
     """What went wrong last, in words."""
     purpose: str = ""
     """Why it is wanted, in the words of the policy."""
+    weighed: tuple[Alternative, ...] = ()
+    """What else the policy could have done."""
     routed: dict[str, Routed] = {}
 
     @property

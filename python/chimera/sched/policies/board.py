@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement, Seat
+from chimera.core.record import Alternative
 from chimera.core.replica import ReplicaId, ReplicaState
 from chimera.core.snapshot import Demand, ReplicaView
 from chimera.sched.policies.policy import CALM_S, TICK_S, Decision, Question
@@ -29,6 +30,7 @@ class Board:
         self.views: dict[ReplicaId, ReplicaView] = {view.replica: view for view in snapshot.replicas}
         self._question = question
         self._reasons: dict[ReplicaId, str] = {}
+        self._alternatives: dict[ReplicaId, tuple[Alternative, ...]] = {}
         self._seats: dict[ReplicaId, Seat] = {}
         self._of_model: dict[str, list[Seat]] = {}
         self._on_gpu: dict[int, list[Seat]] = {gpu_id: [] for gpu_id in self.gpus}
@@ -141,18 +143,21 @@ class Board:
     def make_room(self, model: ModelSpec, *, idle_s: float = 0.0) -> tuple[int, ...] | None:
         """Asks idle replicas to leave until the model fits somewhere, where that sends the fewest bytes away."""
         best: tuple[int, tuple[int, ...], list[Seat]] | None = None
+        sizes: dict[tuple[int, ...], int] = {}
         for gang in self.gangs(model):
             if self.stands_on(model.name, gang):
                 continue
             leaving = self._leaving_for(model, gang, idle_s)
             if leaving is not None:
                 size = sum(self.models[seat.replica.model].weight_bytes for seat in leaving)
+                sizes[gang] = size
                 if best is None or size < best[0]:
                     best = (size, gang, leaving)
         if best is None:
             return None
+        weighed = places_weighed(((gang, -size) for gang, size in sizes.items()), best[1], "bytes sent away")
         for seat in best[2]:
-            self.remove(seat, f"it has been idle, and {model.name} needs the room")
+            self.remove(seat, f"it has been idle, and {model.name} needs the room", weighed)
         return best[1]
 
     def _leaving_for(self, model: ModelSpec, gang: tuple[int, ...], idle_s: float) -> list[Seat] | None:
@@ -171,7 +176,7 @@ class Board:
 
     # Changing it.
 
-    def add(self, model: ModelSpec, gpu_ids: tuple[int, ...], reason: str) -> Seat:
+    def add(self, model: ModelSpec, gpu_ids: tuple[int, ...], reason: str, weighed: tuple[Alternative, ...] = ()) -> Seat:
         """One more replica, under the lowest name that nothing of the model bears."""
         borne = {
             replica.index
@@ -181,17 +186,22 @@ class Board:
         index = next(i for i in range(len(borne) + 1) if i not in borne)
         seat = Seat(replica=ReplicaId(model.name, index), gpu_ids=gpu_ids)
         self._put(seat)
-        self._reasons[seat.replica] = reason
+        self._explain(seat.replica, reason, weighed)
         return seat
 
-    def remove(self, seat: Seat, reason: str) -> None:
+    def remove(self, seat: Seat, reason: str, weighed: tuple[Alternative, ...] = ()) -> None:
         """It is no longer wanted; what it holds counts until it has left, unless it never started."""
         del self._seats[seat.replica]
         self._of_model[seat.replica.model].remove(seat)
         for gpu_id in seat.gpu_ids:
             self._on_gpu[gpu_id].remove(seat)
         self._charge(seat.replica.model, seat.gpu_ids, -1)
-        self._reasons[seat.replica] = reason
+        self._explain(seat.replica, reason, weighed)
+
+    def _explain(self, replica: ReplicaId, reason: str, weighed: tuple[Alternative, ...]) -> None:
+        self._reasons[replica] = reason
+        if weighed:
+            self._alternatives[replica] = weighed
 
     def keep_house(self) -> None:
         """What the operator asked of warm models, whoever decides: keep-alive, most models, most bytes."""
@@ -218,7 +228,12 @@ class Board:
         if again_s is None:
             stirring = any(d.open or d.waiting for d in self._question.snapshot.demands.values())
             again_s = TICK_S if stirring else CALM_S
-        return Decision(placement=Placement((*self._seats.values(), *self._away)), reasons=self._reasons, again_s=again_s)
+        return Decision(
+            placement=Placement((*self._seats.values(), *self._away)),
+            reasons=self._reasons,
+            alternatives=self._alternatives,
+            again_s=again_s,
+        )
 
     def _put(self, seat: Seat) -> None:
         self._seats[seat.replica] = seat
@@ -234,3 +249,23 @@ class Board:
         for gpu_id in gpu_ids:
             if gpu_id in self._taken:
                 self._taken[gpu_id] += sign * self.costs.resident_bytes(spec)
+
+
+MOST_WEIGHED = 8
+"""Alternatives that are told of one decision: the best, and among them the chosen one."""
+
+
+def places_weighed(
+    scores: Iterable[tuple[tuple[int, ...], float]], chosen: tuple[int, ...], unit: str
+) -> tuple[Alternative, ...]:
+    """Places for one model, the best first."""
+    named = ((f"GPUs {list(gang)}", score, gang == chosen) for gang, score in scores)
+    return weighed(named, unit)
+
+
+def weighed(scores: Iterable[tuple[str, float, bool]], unit: str) -> tuple[Alternative, ...]:
+    """What could have been done, and whether it was; the best first."""
+    ranked = sorted(scores, key=lambda one: (-one[1], not one[2], one[0]))
+    told = ranked[:MOST_WEIGHED]
+    told += [one for one in ranked[MOST_WEIGHED:] if one[2]]
+    return tuple(Alternative(what=what, score=round(score, 6), unit=unit, chosen=chosen) for what, score, chosen in told)

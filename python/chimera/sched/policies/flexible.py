@@ -14,11 +14,13 @@ import msgspec
 
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Seat
+from chimera.core.record import Alternative
 from chimera.sched.demand import SHORT_S
-from chimera.sched.policies.board import Board
+from chimera.sched.policies.board import Board, places_weighed, weighed
 from chimera.sched.policies.forecast import Asked, Forecast, Load, forecast, load_of
 from chimera.sched.policies.policy import CALM_S, TICK_S, Decision, Question
 
+PROMISED = "requests a second that keep their SLO, more than now"
 DOUBT = 1.0
 """How many standard deviations of a count make it more than chance."""
 
@@ -63,12 +65,13 @@ class Flexible(msgspec.Struct, frozen=True):
     def _bring_in(self, plan: _Plan, model: ModelSpec) -> None:
         """Somebody waits: where it fits and harms least, else where idle models can leave."""
         board = plan.board
-        fitting = [gang for gang in board.gangs(model) if board.fits(model, gang)]
-        gang = max(fitting, key=lambda gang: plan.gain(model, gang), default=None)
+        gains = {gang: plan.gain(model, gang) for gang in board.gangs(model) if board.fits(model, gang)}
+        gang = max(gains, key=lambda gang: gains[gang], default=None)
         gang = gang or board.make_room(model, idle_s=self.idle_s) or board.make_room(model)
         if gang is not None:
             waiting = board.demand(model.name).waiting
-            plan.add(model, gang, f"{waiting} requests wait; GPUs {list(gang)} promise the most for it")
+            reason = f"{waiting} requests wait; GPUs {list(gang)} promise the most for it"
+            plan.add(model, gang, reason, places_weighed(gains.items(), gang, PROMISED))
 
     def _warm_up(self, plan: _Plan) -> None:
         """While there is room, every model stands somewhere: the first request then finds it there."""
@@ -84,16 +87,21 @@ class Flexible(msgspec.Struct, frozen=True):
     def _relieve(self, plan: _Plan) -> bool:
         """The one more replica that promises the most, if it is worth it."""
         best: tuple[float, ModelSpec, tuple[int, ...]] | None = None
+        seen: list[tuple[float, ModelSpec, tuple[int, ...]]] = []
         for model in plan.pressed(self.pressed)[: self.looked_at]:
             for gang in self._places(plan, model):
                 gain = plan.gain(model, gang)
+                seen.append((gain, model, gang))
                 if gain >= self._price(plan, model, gang) and (best is None or gain > best[0]):
                     best = (gain, model, gang)
         if best is None:
             return False
         gain, model, gang = best
-        plan.clear(model, gang, self.settle_s)
-        plan.add(model, gang, f"with a replica on GPUs {list(gang)}, {gain:.2f} more requests a second keep their SLO")
+        scores = ((f"{m.name} on GPUs {list(g)}", score, (m, g) == (model, gang)) for score, m, g in seen)
+        options = weighed((*scores, ("leave it as it is", 0.0, False)), PROMISED)
+        plan.clear(model, gang, self.settle_s, options)
+        reason = f"with a replica on GPUs {list(gang)}, {gain:.2f} more requests a second keep their SLO"
+        plan.add(model, gang, reason, options)
         return True
 
     def _places(self, plan: _Plan, model: ModelSpec) -> list[tuple[int, ...]]:
@@ -119,6 +127,7 @@ class Flexible(msgspec.Struct, frozen=True):
         """The replica whose leaving promises the most; its model has another that serves."""
         board = plan.board
         best: tuple[float, Seat] | None = None
+        seen: list[tuple[float, Seat]] = []
         for seat in board.seats():
             others = [s for s in board.seats_of(seat.replica.model) if s is not seat and board.serves(s)]
             model = board.models[seat.replica.model]
@@ -127,11 +136,15 @@ class Flexible(msgspec.Struct, frozen=True):
             if all(plan.forecast_of(g).busy == 0 or len(board.on_gpu(g)) == 1 for g in seat.gpu_ids):
                 continue
             gain = plan.gain_without(seat)
+            seen.append((gain, seat))
             if gain >= self._price(plan, model, seat.gpu_ids) and (best is None or gain > best[0]):
                 best = (gain, seat)
         if best is not None:
             gain, seat = best
-            plan.remove(seat, f"without it on GPUs {list(seat.gpu_ids)}, {gain:.2f} more requests a second keep their SLO")
+            scores = ((f"without {s.replica} on GPUs {list(s.gpu_ids)}", score, s is seat) for score, s in seen)
+            options = weighed((*scores, ("leave it as it is", 0.0, False)), PROMISED)
+            reason = f"without it on GPUs {list(seat.gpu_ids)}, {gain:.2f} more requests a second keep their SLO"
+            plan.remove(seat, reason, options)
 
 
 class _Plan:
@@ -257,21 +270,21 @@ class _Plan:
         spare = (seat for seat in self.board.on_gpu(gpu_id) if self._worthless(seat, settle_s))
         return sum(costs.resident_bytes(self.board.models[seat.replica.model]) for seat in spare)
 
-    def clear(self, model: ModelSpec, gang: tuple[int, ...], settle_s: float) -> None:
+    def clear(self, model: ModelSpec, gang: tuple[int, ...], settle_s: float, options: tuple[Alternative, ...] = ()) -> None:
         """Sends away what is worth least until the model fits."""
         for gpu_id in gang:
             for seat in sorted(self.board.on_gpu(gpu_id), key=self.board.leaving_order):
                 if self.board.fits(model, (gpu_id,)):
                     break
                 if self._worthless(seat, settle_s):
-                    self.remove(seat, f"nobody uses it, and {model.name} needs the room")
+                    self.remove(seat, f"nobody uses it, and {model.name} needs the room", options)
 
-    def add(self, model: ModelSpec, gang: tuple[int, ...], reason: str) -> None:
-        self.board.add(model, gang, reason)
+    def add(self, model: ModelSpec, gang: tuple[int, ...], reason: str, options: tuple[Alternative, ...] = ()) -> None:
+        self.board.add(model, gang, reason, options)
         self._forget(model.name)
 
-    def remove(self, seat: Seat, reason: str) -> None:
-        self.board.remove(seat, reason)
+    def remove(self, seat: Seat, reason: str, options: tuple[Alternative, ...] = ()) -> None:
+        self.board.remove(seat, reason, options)
         self._forget(seat.replica.model)
         for gpu_id in seat.gpu_ids:
             self._forecasts.pop(gpu_id, None)

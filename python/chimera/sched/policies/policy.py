@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from chimera.core.placement import Placement
+from chimera.core.record import Alternative
 from chimera.core.replica import ReplicaId
 from chimera.core.snapshot import Snapshot
 from chimera.sched.cost import CostTable
@@ -44,6 +45,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     placement: Placement
     reasons: dict[ReplicaId, str] = {}
     """Why a replica starts or leaves, in words for people."""
+    alternatives: dict[ReplicaId, tuple[Alternative, ...]] = {}
+    """What else was weighed for it, what was chosen among them."""
     again_s: float = CALM_S
     """When to ask again, whatever happens; a request for a model without a replica asks at once."""
 
