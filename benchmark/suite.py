@@ -12,28 +12,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
-import re
-import signal
-import subprocess
 import sys
-import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: the repository is not a package
 
 from chimera.bench import page, paired
-from chimera.bench.campaign import Arm, Campaign, compare, comparison, known_models
+from chimera.bench.campaign import Arm, Campaign, compare, comparison
 from chimera.bench.dialect import dialect_named
 from chimera.bench.load import Terms
 from chimera.bench.outcome import Outcome
 from chimera.bench.record import Record
-from chimera.bench.session import Load
+from chimera.bench.session import Load, known_models
 from chimera.bench.stream import Target
 from chimera.cli.circumstances import circumstances
 from chimera.core.model import Slo
@@ -42,13 +34,12 @@ from chimera.trace.reader import read_trace
 from chimera.trace.trace import Row, Trace
 
 from benchmark.report import Figures, parser
+from benchmark.served import entry, served
 
 Runs = list[tuple[Outcome, list[Record]]]
 
 ROOT = Path(__file__).parents[1]
-MODELS = ROOT / ".models"
 TRACES = Path(os.environ.get("CHIMERA_TRACES", ROOT / "../shared/traces"))
-READY_WITHIN_S = 180.0
 
 # Policies.
 POLICIES = ("static", "time-sharing", "space-sharing", "flexible")
@@ -57,9 +48,10 @@ GPUS = "2x92MiB"
 ON_AT_FIRST = 10
 MOST_KV_GB = 0.06
 CONTEXT = 1024
-LENGTHS = 0.25
+LENGTHS = 0.125
 """Of the trace's prompts and answers: what two cores can make of its tokens."""
-FROM_S = 200.0
+FROM_S = 20.0
+"""From here on fourteen models are asked in a minute; later fewer."""
 PROMISE = {"ttft_ms": 1000, "tpot_ms": 100}
 
 # Bursts, as in benchmark/micro/bursts.py.
@@ -98,13 +90,10 @@ def main() -> int:
 
 async def policies(arguments: argparse.Namespace) -> Runs:
     trace = arena(arguments.seconds, arguments.seed)
-    with tempfile.TemporaryDirectory(prefix="chimera-bench-") as folder:
-        file = Path(folder) / "placement.json"
-        file.write_text(json.dumps(eighteen(trace)))
-        with served(file, "--policy", "static") as url:
-            ready = await prepared(arguments.out / "policies", url, trace, arguments.seed)
-            arms = [Arm(policy, ready.target, policy) for policy in arguments.policies]
-            runs = await compare(ready, arms, arguments.rounds)
+    with served(eighteen(trace), "--policy", "static") as url:
+        ready = await prepared(arguments.out / "policies", url, trace, arguments.seed)
+        arms = [Arm(policy, ready.target, policy) for policy in arguments.policies]
+        runs = await compare(ready, arms, arguments.rounds)
     print(comparison(runs))
     return runs
 
@@ -128,12 +117,8 @@ def eighteen(trace: Trace) -> dict[str, Any]:
     for rank, name in enumerate(sorted(asked, key=lambda name: (-asked[name], name))):
         seat = {"gpu_ids": [rank % 2], "on": rank < ON_AT_FIRST, "max_memory_pool_size": MOST_KV_GB}
         kind = KINDS[int(name[-2:]) % len(KINDS)]
-        models.append(entry(name, kind, [seat]) | {"context_length": CONTEXT, "slo": PROMISE})
+        models.append(entry(name, kind, seat, context_length=CONTEXT, slo=PROMISE))
     return {"gpus": GPUS, "models": models}
-
-
-def entry(name: str, kind: str, seats: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    return {"model_name": name, "model_path": str(MODELS / kind), "dtype": "float32", "init_placements": list(seats)}
 
 
 def judge_policies(figures: Figures, runs: Runs) -> None:
@@ -158,21 +143,19 @@ def judge_policies(figures: Figures, runs: Runs) -> None:
 # Bursts.
 
 
+def burst_trace() -> Trace:
+    moments = [(burst * EVERY_S, ("a", "b")[burst % 2]) for burst in range(BURSTS)]
+    return Trace("bursts in turn", tuple(Row(at_s, model, PROMPT, ANSWER) for at_s, model in moments for _ in range(BURST)))
+
+
 async def bursts(arguments: argparse.Namespace) -> Runs:
-    rows = [Row(burst * EVERY_S, ("a", "b")[burst % 2], PROMPT, ANSWER) for burst in range(BURSTS) for _ in range(BURST)]
-    trace = Trace("bursts in turn", tuple(rows))
+    trace = burst_trace()
     runs = []
-    with tempfile.TemporaryDirectory(prefix="chimera-bench-") as folder:
-        for name, seat, flags in (
-            ("halves", {"max_memory_pool_size": HALF_GB}, ["--static"]),
-            ("leases", {}, []),
-        ):
-            models = [entry(model, "qwen3", [{"gpu_ids": [0], "on": True, **seat}]) for model in ("a", "b")]
-            file = Path(folder) / f"{name}.json"
-            file.write_text(json.dumps({"gpus": BURST_GPU, "models": models}))
-            with served(file, *flags) as url:
-                ready = await prepared(arguments.out / "bursts", url, trace, arguments.seed, Slo(ttft_s=TTFT_S))
-                runs.append(await ready.run_with_records(Arm(name, ready.target)))
+    for name, seat, flags in (("halves", {"max_memory_pool_size": HALF_GB}, ["--static"]), ("leases", {}, [])):
+        models = [entry(model, "qwen3", {"gpu_ids": [0], "on": True, **seat}) for model in ("a", "b")]
+        with served({"gpus": BURST_GPU, "models": models}, *flags) as url:
+            ready = await prepared(arguments.out / "bursts", url, trace, arguments.seed, Slo(ttft_s=TTFT_S))
+            runs.append(await ready.run_with_records(Arm(name, ready.target)))
     print(comparison(runs))
     return runs
 
@@ -209,30 +192,6 @@ async def prepared(out: Path, url: str, trace: Trace, seed: int, slo: Slo | None
     dialect = dialect_named("completions")
     load = Load(trace=clipped, slos=slos, seed=seed, terms=Terms(drain_s=30.0, timeout_s=60.0))
     return Campaign(target=target, known=known, load=load, facts=facts, dialect=dialect, out=out, say=print)
-
-
-@contextmanager
-def served(file: Path, *flags: str) -> Iterator[str]:
-    """A server of its own, and its address; afterwards it is gone."""
-    words = [sys.executable, "-m", "chimera", "serve", str(file), "--port", "0", "--log-level", "error", *flags]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    assert process.stdout is not None
-    late = threading.Timer(READY_WITHIN_S, process.send_signal, [signal.SIGINT])
-    late.start()
-    try:
-        for line in process.stdout:
-            if (found := re.search(r"ready in (\S+) s: (http://\S+)", line)) is not None:
-                late.cancel()
-                print(f"# {file.stem} {' '.join(flags)}: ready in {found[1]} s", flush=True)
-                yield found[2]
-                return
-        raise RuntimeError(f"the server on {file} does not come up")
-    finally:
-        late.cancel()
-        process.send_signal(signal.SIGINT)
-        process.send_signal(signal.SIGINT)
-        process.wait()
-        process.stdout.close()
 
 
 def write_report(folder: Path, title: str, runs: Runs) -> None:

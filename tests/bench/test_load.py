@@ -134,6 +134,13 @@ async def test_an_answer_without_a_token_is_no_answer() -> None:
     assert record.refusal == "empty"
 
 
+async def test_tokens_that_say_nothing_are_an_answer_that_comes_at_its_end() -> None:
+    async with StandIn(lambda asked: asked.events(usage(2, 3))) as server:
+        [record], _ = await run(server.url, [0.0])
+    assert record.answered and record.output_tokens == 3
+    assert record.first_token_s == record.last_token_s == record.ended_s
+
+
 async def test_a_stream_that_breaks_off_is_no_answer() -> None:
     async def breaks(asked: Asked) -> None:
         await asked.raw(HEAD + chunk(b'data: {"choices":[{"text":"a"}]}\n\n'))

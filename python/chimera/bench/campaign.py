@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from chimera.bench.dialect import Dialect
 from chimera.bench.load import Job, Run, Terms
 from chimera.bench.outcome import Outcome, document, lists, outcome
 from chimera.bench.record import Journal, Record, read_records, write_records
-from chimera.bench.session import Known, Load, choose_policy, jobs_of, measured, models_of, prompts_of
+from chimera.bench.session import Known, Load, choose_policy, jobs_of, measured, prompts_of
 from chimera.bench.stream import Target
 from chimera.bench.watch import fetch
 from chimera.core.metrics import percentile
@@ -36,6 +36,11 @@ class Arm:
     target: Target
     policy: str | None = None
     """Chosen before its run; `None` leaves the server as it is."""
+    elsewhere: Mapping[str, Target] = field(default_factory=dict)
+    """Models that other servers have: a fleet of one server per model is one arm."""
+
+    def target_of(self, model: str) -> Target:
+        return self.elsewhere.get(model, self.target)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +64,7 @@ class Campaign:
             await choose_policy(arm.target, arm.policy)
         if prompts is None:
             prompts = prompts_of(self.load, self.known)
-        jobs = jobs_of(self.load, prompts, self.dialect, lambda model: arm.target)
+        jobs = jobs_of(self.load, prompts, self.dialect, arm.target_of)
         path = self.out / f"{arm.name}.jsonl"
         with Journal(path) as journal:
             load = replace(self.load, terms=replace(self.load.terms, keep=journal.note))
@@ -77,10 +82,6 @@ class Campaign:
         return told, found.records
 
 
-async def known_models(target: Target) -> dict[str, Known]:
-    return {model.name: model for model in await models_of(target)}
-
-
 # Compared.
 
 
@@ -91,7 +92,7 @@ async def compare(campaign: Campaign, arms: Sequence[Arm], rounds: int) -> list[
     for number in range(rounds):
         for arm in arms if number % 2 == 0 else reversed(arms):
             name = arm.name if rounds == 1 else f"{arm.name}-{number + 1}"
-            runs.append(await campaign.run_with_records(Arm(name, arm.target, arm.policy), prompts))
+            runs.append(await campaign.run_with_records(replace(arm, name=name), prompts))
     return runs
 
 

@@ -174,7 +174,10 @@ class Run:
         elif call.status != _OK:
             refused(record, call.status, call.body)
         elif record.last_token_s is None and not record.refusal:
-            record.refusal, record.error = "empty", "the answer has no token"
+            if record.output_tokens:  # of tokens that say nothing only the end is seen
+                record.first_token_s = record.last_token_s = record.ended_s
+            else:
+                record.refusal, record.error = "empty", "the answer has no token"
         if record.answered and not record.output_tokens:
             record.output_tokens = len(record.pieces_s) + 1
         self._terms.keep(record)

@@ -48,8 +48,12 @@ class _Cards(msgspec.Struct, frozen=True):
     data: tuple[_Card, ...]
 
 
-async def models_of(target: Target) -> tuple[Known, ...]:
-    """ConfigError when the server is not there or has none."""
+async def known_models(target: Target) -> dict[str, Known]:
+    """By name. ConfigError when the server is not there or does not list its models."""
+    return {model.name: model for model in await _models_of(target)}
+
+
+async def _models_of(target: Target) -> tuple[Known, ...]:
     if not await target.is_there():
         raise ConfigError.single(target.url, "no server answers", hint="start one with chimera serve, or give --url")
     snapshot = await snapshot_of(target)

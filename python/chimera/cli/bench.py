@@ -12,6 +12,7 @@ import msgspec
 from chimera.bench import campaign, outcome, promise
 from chimera.bench.campaign import Arm, Campaign
 from chimera.bench.dialect import APIS, dialect_named
+from chimera.bench.session import known_models
 from chimera.bench.stream import Target
 from chimera.cli import workload
 from chimera.cli.circumstances import circumstances
@@ -155,7 +156,7 @@ def _switch(arguments: argparse.Namespace) -> int:
     async def work() -> int:
         target = _target(arguments.url)
         dialect = dialect_named(arguments.api, ignore_eos=not arguments.allow_eos)
-        known = await campaign.known_models(target)
+        known = await known_models(target)
         names = arguments.models or list(known)
         found = await campaign.switches(target, dialect, names, arguments.rounds)
         arguments.out.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,7 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
 
 async def _campaign(arguments: argparse.Namespace) -> Campaign:
     target = _target(arguments.url)
-    known = await campaign.known_models(target)
+    known = await known_models(target)
     made = workload.workload(arguments, known)
     arguments.out.mkdir(parents=True, exist_ok=True)
     return Campaign(
