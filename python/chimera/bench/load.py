@@ -167,8 +167,6 @@ class Run:
         record.status = call.status
         if why:
             record.refusal, _, record.error = why.partition(": ")
-            if record.sent_s is None:
-                record.sent_s = record.ended_s  # it was tried
             if record.refusal == "unreachable":
                 self._ask_after(call)
         elif call.status != _OK:

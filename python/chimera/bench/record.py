@@ -24,7 +24,7 @@ class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     wanted_tokens: int
     slo: Slo = Slo()
     sent_s: float | None = None
-    """When its bytes were given to the kernel. A request that was not sent has none."""
+    """When its bytes were given to the kernel, or a connection was asked for. A request that was not sent has none."""
     first_token_s: float | None = None
     last_token_s: float | None = None
     ended_s: float | None = None

@@ -26,7 +26,7 @@ class Call:
     def __init__(self, message: bytes, written: Callable[[], None], hear: Hear, done: Callable[[Call, str], None]) -> None:
         self.message = message
         self.written = written
-        """The bytes went to the kernel."""
+        """Its bytes are given to the kernel, or a connection for them is asked for: a client waits from here on."""
         self.hear = hear
         self.done = done
         """With an empty text when the answer came whole; else with what went wrong."""
@@ -71,8 +71,10 @@ class Target:
             if connection.alive:
                 call.fresh = False
                 connection.begin(call)
+                call.written()
                 return
         call.fresh = True
+        call.written()
         task = asyncio.create_task(self._open_for(call))
         self._opening.add(task)
         task.add_done_callback(self._opening.discard)
@@ -142,7 +144,6 @@ class Connection(asyncio.Protocol):
         self._left = self._gap = 0
         call.connection = self
         self._transport.write(call.message)
-        call.written()
 
     def abandon(self) -> None:
         self._call = None
