@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 FILE    ?= model_configs/cpu_1_gpu_2_model.json
 MODELS  := .models
 
-.PHONY: serve test test-all test-sglang-matrix install help clean
+.PHONY: serve test test-all bench test-sglang-matrix install help clean
 
 help:                ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ test: $(READY)       ## linter, types and quick tests
 test-all: $(READY)   ## the slow tests too: real engines, killed processes
 	@echo "test-all: slow tests"
 	@$(BIN)/pytest -m slow
+
+bench: $(READY) $(MODELS)/.made ## four policies and two kinds of memory on real engines: a table and a report (10 minutes)
+	@$(BIN)/python benchmark/suite.py --out bench-results/suite --json bench-results/suite.json
 
 # The oldest, the pinned and the newest SGLang that `engine/sglang/versions.py` allows, over the same other packages.
 RELEASES := 0.5.16 0.5.20 0.5.23

@@ -48,7 +48,7 @@ def main() -> int:
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--requests", type=int, default=60, help="in each round, of each tool")
     options.add_argument("--concurrency", type=int, default=1, help="more leave it to luck which requests share a step")
-    options.add_argument("--prompt-tokens", type=int, default=128)
+    options.add_argument("--prompt-tokens", type=int, default=512)
     options.add_argument("--output-tokens", type=int, default=24)
     options.add_argument("--engine", choices=("sglang", "simulated"), default="sglang")
     arguments = options.parse_args()

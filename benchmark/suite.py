@@ -67,7 +67,7 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--part", choices=("policies", "bursts", "all"), default="all")
     options.add_argument("--policies", type=lambda text: text.split(","), default=list(POLICIES), metavar="A,B")
-    options.add_argument("--seconds", type=float, default=75.0, help="of the trace, for each policy (default: %(default)s)")
+    options.add_argument("--seconds", type=float, default=80.0, help="of the trace, for each policy (default: %(default)s)")
     options.add_argument("--rounds", type=int, default=1, help="of all policies (default: %(default)s)")
     options.add_argument("--out", type=Path, default=Path("bench-results/suite"), help="default: %(default)s")
     arguments = options.parse_args()

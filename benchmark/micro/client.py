@@ -26,6 +26,8 @@ from chimera.trace.generator import Recipe, generate
 from benchmark.report import Figures, parser
 from benchmark.served import entry, served
 
+CONNECTIONS = 1500
+"""Ready beforehand: when one server cannot keep up, many requests are open at a time."""
 ENGINE = {"step_s": 0.005, "max_running": 4096, "kv_tokens": 10_000_000}
 
 
@@ -52,7 +54,7 @@ async def measure(figures: Figures, url: str, arguments: argparse.Namespace) -> 
         recipe = Recipe(models=("m",), rate=rate, seconds=seconds, prompt_tokens=(8, 16), output_tokens=lengths)
         load = Load(trace=generate(recipe, arguments.seed), slos={})
         jobs = jobs_of(load, prompts_of(load, await known_models(target)), dialect, lambda model: target)
-        run = Run(jobs, dialect, Terms(connections=256, timeout_s=60.0, drain_s=30.0))
+        run = Run(jobs, dialect, Terms(connections=CONNECTIONS, timeout_s=60.0, drain_s=30.0))
         spent_s = time.process_time()
         ending = await run.open_loop()
         spent_s = time.process_time() - spent_s

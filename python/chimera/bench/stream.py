@@ -14,6 +14,9 @@ from urllib.parse import urlsplit
 
 from chimera.errors import ConfigError
 
+_AT_ONCE = 64
+"""Connections that are opened together: a server's backlog is about twice that."""
+
 Hear = Callable[[bytes], bool]
 """Takes the data of one event; true when no more is wanted."""
 
@@ -81,7 +84,10 @@ class Target:
 
     async def warm(self, connections: int) -> None:
         """So many connections stand ready. OSError when the server is not there."""
-        self._idle += await asyncio.gather(*(self._connect() for _ in range(connections)))
+        while connections > 0:
+            some = min(connections, _AT_ONCE)
+            self._idle += await asyncio.gather(*(self._connect() for _ in range(some)))
+            connections -= some
 
     async def is_there(self) -> bool:
         try:
