@@ -1,4 +1,4 @@
-"""Units and their spelling: bytes, seconds. Knows no noun of the domain."""
+"""Units and their spelling: bytes, seconds, and text that can be shown. Knows no noun of the domain."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ def format_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" or n == int(n) else f"{n:.1f} {unit}"
         n /= 1024
     return f"{n:.1f} TiB"
+
+
+def printable(text: str) -> str:
+    """On one line, whatever it holds: control characters are spelled out, so that no name moves a cursor or forges a line."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def ceil_div(a: int, b: int) -> int:

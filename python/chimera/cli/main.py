@@ -22,6 +22,7 @@ VERBS = {
     "keys": "make an API key",
     "status": "what a running server holds and does",
     "memory": "who holds how much of each GPU",
+    "explain": "why a request, a model or a moment went as it did",
     "policy": "who decides what runs where on a running server, or shall",
     "simulate": "replay a trace on paper under one policy or several",
     "bench": "replay a trace on a server, compare policies and servers, and report",

@@ -98,7 +98,7 @@ class App:
         self._desk = desk
         self._relay = relay
         self._operator = Operator(catalogue, relay)
-        self._observatory = Observatory(relay, records)
+        self._observatory = Observatory(catalogue, relay, records)
         self._document = b""
 
     def routes(self) -> list[Route]:

@@ -20,6 +20,7 @@ from chimera.core.lease import LeaseClass
 from chimera.core.measures import DECISION_S, E2E_S, GAP_S, LOAD_S, TTFT_S, Histogram, Measures, ModelMeasures
 from chimera.core.replica import ReplicaState
 from chimera.core.snapshot import ReplicaView, Snapshot
+from chimera.units import printable
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 FAMILIES: Final = ("own", "vllm", "sglang")
@@ -34,8 +35,8 @@ def page(measures: Measures, snapshot: Snapshot, families: Sequence[str] = FAMIL
 
 def label(text: str) -> str:
     """A name as a label: what cannot be printed is spelled out, and nothing is endless."""
-    printable = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return printable if len(printable) <= _LONGEST_LABEL else f"{printable[:_LONGEST_LABEL]}…"
+    shown = printable(text)
+    return shown if len(shown) <= _LONGEST_LABEL else f"{shown[:_LONGEST_LABEL]}…"
 
 
 class _Page(Collector):

@@ -8,7 +8,7 @@ read in order, so a decision is never interrupted by another.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -32,6 +32,7 @@ from chimera.sim.gpu import SimGpu
 from chimera.trace.trace import Row
 
 FRONT = "front-0"
+Witness = Callable[[ControlInput, Sequence[actions.Action], float], None]
 
 
 class Switch(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,8 +84,11 @@ class Cluster:
         warm: WarmRules | None = None,
         limits: Limits | None = None,
         chronicle: Chronicle | None = None,
+        witness: Witness | None = None,
     ) -> None:
+        """`witness` is told each event that control hears, and what it decided."""
         self.clock = Clock()
+        self._witness = witness
         self.chronicle = chronicle or Chronicle()
         self.stories: list[Story] = []
         self.switches: list[Switch] = []
@@ -202,7 +206,10 @@ class Cluster:
         self._reading = False
 
     def _control_hears(self, message: ControlInput) -> None:
-        for action in self.control.on(message, self.clock.now):
+        decided = self.control.on(message, self.clock.now)
+        if self._witness is not None:
+            self._witness(message, decided, self.clock.now)
+        for action in decided:
             match action:
                 case actions.Route():
                     self._mail.append((self.agents[action.agent], action))

@@ -15,7 +15,7 @@ from chimera.sched.cost import CostTable
 from chimera.sched.policies import policy_named
 from chimera.sched.policies.policy import WarmRules
 from chimera.sim.chronicle import Chronicle
-from chimera.sim.cluster import Cluster
+from chimera.sim.cluster import Cluster, Witness
 from chimera.sim.placing import evenly, require_fitting
 from chimera.trace.trace import Trace
 
@@ -67,6 +67,7 @@ def simulate(
     progress: Callable[[float], None] | None = None,
     script: Sequence[tuple[float, Callable[[Cluster], None]]] = (),
     keep: Callable[[list[Story]], None] | None = None,
+    witness: Witness | None = None,
 ) -> Outcome:
     """`script` holds what else happens, by the time of the trace: failures, changes of policy."""
     require_fitting(scenario.models, scenario.gpus, scenario.costs)
@@ -84,6 +85,7 @@ def simulate(
         warm=scenario.warm,
         limits=scenario.limits,
         chronicle=chronicle,
+        witness=witness,
     )
     for at_s, happen in script:
         cluster.clock.at(WARM_UP_S + at_s, lambda happen=happen: happen(cluster))  # type: ignore[misc]

@@ -12,12 +12,24 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+from chimera.units import printable
+
 _log = logging.getLogger(__name__)
 
 
 def start_logging(name: str, level: str) -> None:
     """To standard error, each line under the name of its process."""
-    logging.basicConfig(level=level.upper(), format=f"%(asctime)s %(levelname).1s {name} %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(OneLine(f"%(asctime)s %(levelname).1s {name} %(name)s: %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+class OneLine(logging.Formatter):
+    """A message is one line, whatever names are in it; only a traceback has more."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = printable(record.message)
+        return super().formatMessage(record)
 
 
 def fresh_log(path: Path) -> Callable[[bytes], object]:
