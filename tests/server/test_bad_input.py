@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from io import BytesIO
 from typing import Any
 
 import pytest
+from chimera.server import bodies, front
 
-from tests.server.conftest import Stage
+from tests.server.conftest import Stage, set_up
 from tests.server.rehearsal import CONTEXT
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -161,6 +164,43 @@ async def test_a_body_over_the_limit_is_not_read(standing: Stage) -> None:
 async def test_a_long_prompt_within_the_limit_is_counted_not_served(standing: Stage) -> None:
     status, body = await standing.post(CHAT, {"model": "m", "messages": [{"role": "user", "content": "lorem " * 50_000}]})
     assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+
+
+async def raw(standing: Stage, said: bytes, within_s: float = 5.0) -> bytes:
+    """What the server first answers to bytes that no client library would send."""
+    host, port = standing.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(said)
+    try:
+        async with asyncio.timeout(within_s):
+            return await reader.read(1 << 16)
+    finally:
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"Authorization: Bearer sk-very-secret\x00", b"x-api-key: sk-very-secret" + b"x" * 10_000, b"sk-very-secret"],
+)
+async def test_a_request_that_is_no_http_is_refused_and_its_key_is_not_logged(
+    standing: Stage, header: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    answer = await raw(standing, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n" + header + b"\r\n\r\n")
+    assert answer.startswith((b"HTTP/1.0 400", b"HTTP/1.1 400")), answer
+    assert "sk-very-secret" not in caplog.text and "is no HTTP" in caplog.text
+
+
+async def test_headers_that_never_end_are_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front, "_IDLE_S", 0.05)
+    async with set_up() as stage:
+        assert await raw(stage, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nX-Slow: ") == b""
+
+
+async def test_a_body_that_does_not_come_is_given_up(standing: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "_BODY_WITHIN_S", 0.05)
+    answer = await raw(standing, b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    assert answer.startswith(b"HTTP/1.1 400") and b"did not arrive within 0.05 s" in answer
 
 
 @pytest.mark.parametrize(

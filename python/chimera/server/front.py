@@ -10,6 +10,7 @@ import ssl
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from chimera.core.access import Access
 from chimera.errors import RequestError
@@ -24,7 +25,25 @@ from chimera.wire.codec import Message
 _LAST_WORDS_S = 0.5
 """What a handler is given to send its last event when the front-end leaves."""
 
+_IDLE_S = 75.0
+"""A connection without a whole request for so long is closed: idle ones, and those whose headers never end."""
+
 _log = logging.getLogger(__name__)
+
+
+class _Discreet(logging.Filter):
+    """aiohttp quotes the header that it could not read, which may have been a key."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        fault = record.exc_info[1] if record.exc_info else None
+        if isinstance(fault, HttpProcessingError):
+            record.msg, record.args = "a request that is no HTTP: %s", (type(fault).__name__,)
+            record.exc_info = record.exc_text = None
+        return True
+
+
+_aiohttp_log = logging.getLogger("aiohttp.server")
+_aiohttp_log.addFilter(_Discreet())
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -67,7 +86,13 @@ class FrontEnd:
         self._listener = listener
         app = App(self.catalogue, self.desk, self._relay, Gate(access), self._account, records).build()
         # Cancelled handlers are how a client that leaves is noticed.
-        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=_LAST_WORDS_S)
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=_LAST_WORDS_S,
+            keepalive_timeout=_IDLE_S,
+        )
 
     @property
     def url(self) -> str:
