@@ -109,7 +109,7 @@ async def test_a_client_that_leaves_stops_its_request_wherever_it_is(parent_sock
         await settled(made.control._payloads, made.agent._held)
 
 
-async def test_a_killed_worker_ends_its_streams_in_one_error_and_its_model_comes_back(parent_socket: Path) -> None:
+async def test_a_killed_worker_sends_its_streams_back_at_once_and_its_model_comes_back(parent_socket: Path) -> None:
     models = [model("a", step_s=0.005, max_running=1), model("b", step_s=0.005)]
     async with system(parent_socket, models) as (made, front):
         await made.until(events.ReplicaReady, 2)
@@ -124,8 +124,8 @@ async def test_a_killed_worker_ends_its_streams_in_one_error_and_its_model_comes
         kill(victim.vigil.pid)
         await end_of(broken)
         assert time.monotonic() - killed_s < 1.0
-        assert isinstance(broken.verdict, actions.Reject)
-        assert broken.verdict.code == RejectCode.WORKER_LOST
+        assert isinstance(broken.verdict, actions.Requeue)
+        assert broken.verdict.lost and broken.verdict.fault
         await made.until(events.ReplicaReady)
         assert time.monotonic() - killed_s < 2.0
         assert (await end_of(queued)).outcome is Outcome.LENGTH, "who only waited is served by the next life"
@@ -402,7 +402,7 @@ async def test_control_hears_of_a_lost_request_before_it_hears_of_the_lost_worke
         kill(made.workers()[0])
         await end_of(broken)
         await made.until(events.WorkerLost)
-        assert heard.index("Reject") < heard.index("WorkerLost")
+        assert heard.index("Requeue") < heard.index("WorkerLost")
 
 
 @pytest.mark.parametrize("socket", ["control.sock", "agent-local.sock"])

@@ -36,17 +36,21 @@ def model(name: str, *, tp_size: int = 1, drain_s: float = 5.0) -> ModelSpec:
     )
 
 
-def request(request_id: str, name: str = "a", *, at: float = 0.0, tries: int = 0, front: str = "front-0") -> Request:
-    return Request(request_id=request_id, model=name, front=front, prompt_tokens=8, max_tokens=16, arrived_s=at, tries=tries)
+def request(
+    request_id: str, name: str = "a", *, at: float = 0.0, tries: int = 0, front: str = "front-0", **more: Any
+) -> Request:
+    plain: dict[str, Any] = {"prompt_tokens": 8, "max_tokens": 16}
+    return Request(request_id=request_id, model=name, front=front, arrived_s=at, tries=tries, **(plain | more))
 
 
 def arrived(request_id: str, name: str = "a", *, at: float = 0.0, tries: int = 0, front: str = "front-0") -> RequestArrived:
     return RequestArrived(request=request(request_id, name, at=at, tries=tries, front=front))
 
 
-def routed(request_id: str, replica: ReplicaId, *, at: float = 0.0, tries: int = 0) -> Route:
+def routed(request_id: str, replica: ReplicaId, *, at: float = 0.0, tries: int = 0, **more: Any) -> Route:
     """As control's `Route` comes to an agent."""
-    return Route(request=request(request_id, replica.model, at=at, tries=tries), replica=replica, agent="local", reason="")
+    asked = request(request_id, replica.model, at=at, tries=tries, **more)
+    return Route(request=asked, replica=replica, agent="local", reason="")
 
 
 def seat(name: str, *gpu_ids: int, index: int = 0) -> Seat:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from chimera.core.placement import Placement
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
-from chimera.msg.actions import Abort, Action, Activate, Deactivate, Reject, RejectCode, Requeue, Route, WakeAt
+from chimera.msg.actions import Abort, Action, Activate, Deactivate, QueueBy, Reject, RejectCode, Requeue, Route, WakeAt
 from chimera.msg.events import (
     ActivationFailed,
     AgentLost,
@@ -48,7 +48,7 @@ class Watched:
         assert ControlScheduler.from_state(self.scheduler.state()).state() == self.scheduler.state()
         for wake in of(WakeAt, actions):
             self.wake_s = wake.at_s
-        return [action for action in actions if not isinstance(action, WakeAt)]
+        return [action for action in actions if not isinstance(action, WakeAt | QueueBy)]
 
     def wake(self) -> tuple[float, list[Action]]:
         """Time passes to the next appointment."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from chimera.core.replica import Epoch, ReplicaId
-from chimera.msg.actions import Abort, Action, Activate, Deactivate, Reject, RejectCode
+from chimera.msg.actions import Abort, Action, Activate, Deactivate, Reject, Requeue
 from chimera.msg.events import ActivationFailed, Outcome, ReplicaStopped, RequestCancelled, Woke
 from chimera.sched.gpu import GpuInput, GpuScheduler, Mint
 
@@ -93,12 +93,12 @@ def test_an_admitted_request_whose_client_leaves_is_stopped_once_and_keeps_its_c
     assert words(gpu.on(finished("x", "a", epoch, outcome=Outcome.CANCELLED))) == ["Admit y"]
 
 
-def test_a_lost_worker_ends_what_it_served_and_keeps_what_waits_for_its_next_life(gpu: Watched) -> None:
+def test_a_lost_worker_sends_back_what_it_served_and_keeps_what_waits_for_its_next_life(gpu: Watched) -> None:
     epoch = gpu.serving(credits=1)
     gpu.on(routed("served", A))
     gpu.on(routed("waiting", A))
-    lost = only(Reject, gpu.on(worker_lost("a", epoch)))
-    assert (lost.request_id, lost.code, lost.retry_after_s) == ("served", RejectCode.WORKER_LOST, 0.5)
+    lost = only(Requeue, gpu.on(worker_lost("a", epoch)))
+    assert (lost.request_id, lost.fault, lost.lost) == ("served", True, True)
     assert "the engine serving this request was lost" in lost.reason
     again = only(Activate, gpu.on(activate("a")))
     assert again.epoch == Epoch(7, 2)
@@ -198,4 +198,14 @@ def test_the_right_kinds_come_out_of_a_crowd(gpu: Watched) -> None:
     epoch = gpu.serving(credits=3)
     for request_id in "xyz":
         gpu.on(routed(request_id, A))
-    assert {r.request_id for r in of(Reject, gpu.on(worker_lost("a", epoch)))} == set("xyz")
+    assert {r.request_id for r in of(Requeue, gpu.on(worker_lost("a", epoch)))} == set("xyz")
+
+
+def test_a_request_that_was_in_a_lost_engine_before_may_be_what_ends_them(gpu: Watched) -> None:
+    epoch = gpu.serving(credits=2)
+    gpu.on(routed("once", A))
+    gpu.on(routed("twice", A, losses=1))
+    first, second = gpu.on(worker_lost("a", epoch))
+    assert words([first, second]) == ["Requeue once", "Reject twice worker_lost"]
+    assert isinstance(second, Reject) and second.retry_after_s == 0.5
+    assert "it is the second engine lost with this request in it" in second.reason

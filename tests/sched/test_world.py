@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from chimera.core.model import Slo
 from chimera.core.replica import ReplicaId
-from chimera.msg.events import ModelRegistered, ModelRemoved, Outcome, PolicyChosen
+from chimera.core.snapshot import LOCAL_NAMES
+from chimera.msg.events import GpuSampled, ModelRegistered, ModelRemoved, Outcome, PolicyChosen, StepsTimed
 from chimera.sched.log import replay
 from chimera.sched.policies import POLICIES
+from chimera.units import GIB
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
@@ -15,6 +18,13 @@ from tests.sched.builders import costs, placement, seat
 from tests.sched.world import CREDITS, AgentSide, Worker, World
 
 MODELS = ("a", "b", "c", "unplaced")
+PROMISES = (
+    Slo(),
+    Slo(ttft_s=0.2),
+    Slo(ttft_s=1.0, tpot_s=0.1),
+    Slo(ttft_s=1.0, reject_late=True),
+    Slo(ttft_s=20.0, reject_late=True),
+)
 
 
 def small_world() -> World:
@@ -47,10 +57,15 @@ class Mishaps(RuleBasedStateMachine):
 
     # Clients.
 
-    @rule(name=st.sampled_from([*MODELS, "a", "b", "c", "unknown"]), count=st.integers(1, 9), heard=st.booleans())
-    def clients_send(self, name: str, count: int, heard: bool) -> None:
+    @rule(
+        name=st.sampled_from([*MODELS, "a", "b", "c", "unknown"]),
+        count=st.integers(1, 9),
+        slo=st.sampled_from(PROMISES),
+        heard=st.booleans(),
+    )
+    def clients_send(self, name: str, count: int, slo: Slo, heard: bool) -> None:
         for _ in range(count):
-            self.world.front.send(name)
+            self.world.front.send(name, slo)
         if heard:
             self.everything_arrives()
 
@@ -163,6 +178,38 @@ class Mishaps(RuleBasedStateMachine):
     @rule(name=st.sampled_from(["a", "c"]), there=st.booleans())
     def a_model_is_removed_or_comes_back(self, name: str, there: bool) -> None:
         self.world.tell_control(ModelRegistered(model=self.world.models[name]) if there else ModelRemoved(model=name))
+
+    @rule(data=st.data())
+    def a_gpu_fails(self, data: st.DataObject) -> None:
+        agents = [agent for agent in self.world.agents.values() if len(agent.lost_gpus) < len(agent.gpu_ids)]
+        if agents:
+            agent = data.draw(st.sampled_from(agents))
+            agent.lose_gpu(data.draw(st.sampled_from([g for g in agent.gpu_ids if g not in agent.lost_gpus])))
+
+    @rule(gpu_id=st.integers(0, 2), gigabytes=st.integers(0, 3))
+    def strangers_take_memory(self, gpu_id: int, gigabytes: int) -> None:
+        agent = next(agent for agent in self.world.agents.values() if gpu_id in agent.gpu_ids)
+        agent.heard.append(GpuSampled(gpu_id=gpu_id, strangers_bytes=gigabytes * GIB))
+
+    @precondition(lambda self: self.workers(loaded=True))
+    @rule(data=st.data(), seconds=st.floats(1e-6, 1e4))
+    def an_engine_tells_its_times(self, data: st.DataObject, seconds: float) -> None:
+        agent, worker = self.worker(data, loaded=True)
+        seen = StepsTimed(
+            replica=worker.replica,
+            epoch=worker.epoch,
+            decode_steps=10,
+            decode_s=seconds,
+            decode_tokens=10,
+            prompts=1,
+            prompt_tokens=8,
+            prompt_s=seconds,
+        )
+        agent.heard.append(seen)
+
+    @rule(local=st.sampled_from(LOCAL_NAMES))
+    def the_operator_chooses_an_order(self, local: str) -> None:
+        self.world.tell_control(PolicyChosen(local=local))
 
     @precondition(lambda self: self.world.costs is not None)
     @rule(name=st.sampled_from(sorted(POLICIES)))

@@ -10,14 +10,30 @@ from collections import Counter, deque
 from collections.abc import Iterable
 
 import msgspec
+from chimera.core.model import Slo
 from chimera.core.placement import Placement, Seat
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
-from chimera.msg.actions import Abort, Action, Activate, Admit, Deactivate, Reject, Requeue, Route, WakeAt
+from chimera.msg.actions import (
+    Abort,
+    Action,
+    Activate,
+    Admit,
+    Deactivate,
+    Pause,
+    Preempt,
+    QueueBy,
+    Reject,
+    Requeue,
+    Resume,
+    Route,
+    WakeAt,
+)
 from chimera.msg.events import (
     ActivationFailed,
     AgentLost,
     Event,
+    GpuLost,
     ModelRegistered,
     Outcome,
     ReplicaFound,
@@ -30,15 +46,17 @@ from chimera.msg.events import (
 )
 from chimera.sched.control import ControlScheduler, Limits
 from chimera.sched.cost import CostTable
-from chimera.sched.gpu import GpuInput
+from chimera.sched.gpu import MOST_LOSSES
 from chimera.sched.log import Recorder
-from chimera.sched.node import NodeScheduler
+from chimera.sched.node import NodeInput, NodeScheduler
+from chimera.sched.turns import MOST_PREEMPTIONS, MOST_STANDING_S
 
 from tests.sched.builders import joined, model, ready, request
 
 CREDITS = 2
 LIMITS = Limits(queue_per_model=6, hold_s=200.0, agent_absence_s=30.0)
 FRONT_TRIES = 3
+FRONT_MOVES = 64
 
 
 class Worker:
@@ -51,6 +69,11 @@ class Worker:
         self.loaded = False
         self.leaving = False
         self.running: list[str] = []
+        self.paused_until_s: float | None = None
+
+    def stands(self, now: float) -> bool:
+        """A paused worker goes on by itself after its time."""
+        return self.paused_until_s is not None and self.paused_until_s > now
 
 
 class AgentSide:
@@ -61,7 +84,7 @@ class AgentSide:
         self.name = name
         self.gpu_ids = gpu_ids
         self.up: deque[Event | Action] = deque()
-        self.down: deque[GpuInput] = deque()
+        self.down: deque[NodeInput] = deque()
         self.heard: deque[Event] = deque()
         """From its workers."""
         self.told: list[Event] = []
@@ -75,7 +98,8 @@ class AgentSide:
         """A new process. Workers that can say what they are may have outlived the old one; the others have left with it."""
         survivors = [worker for worker in self.workers.values() if worker.loaded] if outlived else []
         self.start = self.world.next_start()
-        self.node = NodeScheduler(self.name, self.start, self.gpu_ids, local=self.world.local, costs=self.world.costs)
+        self.lost_gpus: set[int] = set()
+        self.node = NodeScheduler(self.name, self.start, self.gpu_ids, costs=self.world.costs, learns=True)
         self.wake_s: float | None = None
         self.recorder = Recorder(self.node)
         self.log = [self.recorder.opening()]
@@ -92,7 +116,7 @@ class AgentSide:
             model=self.world.models[name],
             seat=worker.seat,
             ready=ready(name, worker.epoch, index=worker.replica.index, credits=CREDITS),
-            running=tuple(request(request_id, name) for request_id in worker.running),
+            running=tuple(self.world.front.every[request_id] for request_id in worker.running),
             leaving=worker.leaving,
         )
 
@@ -100,7 +124,8 @@ class AgentSide:
         self.connected = True
         tenants = list(self.node.tenants())
         requests = [i for t in tenants for i in (*(r.request_id for r in t.queue), *t.running)]
-        here = joined(self.name, start=self.start, gpus=self.gpu_ids, pages=self.world.pages)
+        gpus = [gpu_id for gpu_id in self.gpu_ids if gpu_id not in self.lost_gpus]
+        here = joined(self.name, start=self.start, gpus=gpus, pages=self.world.pages)
         self.up.append(msgspec.structs.replace(here, earlier=tuple(self.earlier), requests=tuple(requests)))
         self.up.extend(self.node.living())
 
@@ -108,7 +133,7 @@ class AgentSide:
         if self.connected:
             self.up.append(message)
 
-    def on(self, event: GpuInput) -> None:
+    def on(self, event: NodeInput) -> None:
         actions = self.node.on(event, self.world.now)
         self.log.append(self.recorder.line(self.world.now, event, actions))
         self.node.check()
@@ -129,6 +154,7 @@ class AgentSide:
                 self.newest[seat.replica] = epoch
                 self.world.minted.add(epoch)
                 assert seat.replica not in self.workers, "two workers for one replica"
+                assert not self.lost_gpus.intersection(seat.gpu_ids), "a life on a lost GPU"
                 self.workers[seat.replica] = Worker(seat, epoch)
             case Admit(request_id=request_id, replica=replica, epoch=epoch):
                 worker = self.workers.get(replica)
@@ -146,6 +172,19 @@ class AgentSide:
                 if worker is not None:
                     assert worker.epoch == epoch, "the wrong life was taken down"
                     worker.leaving = True
+            case Preempt(request_id=request_id, replica=replica, epoch=epoch):
+                worker = self.workers.get(replica)
+                if worker is not None and worker.epoch == epoch and request_id in worker.running:
+                    self.end(worker, request_id, Outcome.REQUEUED, preempted=True)
+            case Pause(replica=replica, epoch=epoch, for_s=for_s):
+                worker = self.workers.get(replica)
+                if worker is not None and worker.epoch == epoch:
+                    assert for_s is not None and for_s <= MOST_STANDING_S, "nobody stands still for so long"
+                    worker.paused_until_s = self.world.now + for_s
+            case Resume(replica=replica, epoch=epoch):
+                worker = self.workers.get(replica)
+                if worker is not None and worker.epoch == epoch:
+                    worker.paused_until_s = None
             case Reject() | Requeue():
                 self.tell_up(action)
             case WakeAt(at_s=at_s):
@@ -155,12 +194,12 @@ class AgentSide:
 
     # What workers do.
 
-    def end(self, worker: Worker, request_id: str, outcome: Outcome) -> None:
+    def end(self, worker: Worker, request_id: str, outcome: Outcome, *, preempted: bool = False) -> None:
         worker.running.remove(request_id)
         if outcome in (Outcome.STOP, Outcome.LENGTH):
             self.world.front.ended(request_id)
         if outcome is Outcome.REQUEUED:
-            self.world.front.again(request_id)
+            self.world.front.again(request_id, preempted=preempted)
         self.heard.append(
             RequestFinished(request_id=request_id, replica=worker.replica, epoch=worker.epoch, outcome=outcome, output_tokens=1)
         )
@@ -177,6 +216,13 @@ class AgentSide:
         del self.workers[worker.replica]
         self.heard.append(WorkerLost(worker="w", reason="killed", replica=worker.replica, epoch=worker.epoch))
 
+    def lose_gpu(self, gpu_id: int) -> None:
+        """The device answers no more; whatever has a rank on it is gone."""
+        self.lost_gpus.add(gpu_id)
+        for worker in [worker for worker in self.workers.values() if gpu_id in worker.seat.gpu_ids]:
+            del self.workers[worker.replica]
+        self.report(GpuLost(gpu_id=gpu_id, reason="it has fallen off the bus"))
+
     def leave(self, worker: Worker) -> None:
         for request_id in list(worker.running):
             self.end(worker, request_id, Outcome.REQUEUED)
@@ -190,16 +236,18 @@ class Front:
     def __init__(self, world: World) -> None:
         self.world = world
         self.open: dict[str, Request] = {}
+        self.every: dict[str, Request] = {}
+        self.faults: Counter[str] = Counter()
         self.ends: Counter[str] = Counter()
         self.sent = 0
         self.up: deque[Event] = deque()
 
-    def send(self, name: str) -> None:
+    def send(self, name: str, slo: Slo | None = None) -> None:
         self.sent += 1
-        self.submit(request(f"r{self.sent}", name, at=self.world.now))
+        self.submit(request(f"r{self.sent}", name, at=self.world.now, slo=slo or Slo()))
 
     def submit(self, attempt: Request) -> None:
-        self.open[attempt.request_id] = attempt
+        self.open[attempt.request_id] = self.every[attempt.request_id] = attempt
         self.up.append(RequestArrived(request=attempt))
 
     def ended(self, request_id: str) -> None:
@@ -211,17 +259,26 @@ class Front:
         self.ended(request_id)
         self.up.append(RequestCancelled(request_id=request_id))
 
-    def again(self, request_id: str) -> None:
+    def again(self, request_id: str, *, fault: bool = False, lost: bool = False, preempted: bool = False) -> None:
         attempt = self.open.get(request_id)
         if attempt is None:
             return
-        if attempt.tries >= FRONT_TRIES:
+        name = request_id.partition(".")[0]
+        self.faults[name] += fault
+        if attempt.tries >= FRONT_MOVES or self.faults[name] > FRONT_TRIES:
             self.ended(request_id)
             return
         del self.open[request_id]
-        tries = attempt.tries + 1
-        name = f"{request_id.partition('.')[0]}.{tries}"
-        self.submit(request(name, attempt.model, at=attempt.arrived_s, tries=tries))
+        next_attempt = msgspec.structs.replace(
+            attempt,
+            request_id=f"{name}.{attempt.tries + 1}",
+            tries=attempt.tries + 1,
+            losses=attempt.losses + lost,
+            preempted=attempt.preempted + preempted,
+        )
+        assert next_attempt.preempted <= MOST_PREEMPTIONS, "it has made way often enough"
+        assert next_attempt.losses <= MOST_LOSSES, "it may be what ends engines"
+        self.submit(next_attempt)
 
 
 class World:
@@ -257,7 +314,9 @@ class World:
     # Control's process.
 
     def begin_control(self) -> None:
-        self.control = ControlScheduler(self.wanted, LIMITS, policy=self.policy, costs=self.costs)
+        self.control = ControlScheduler(
+            self.wanted, LIMITS, policy=self.policy, local=self.local, costs=self.costs, learns=True
+        )
         self.recorder = Recorder(self.control)
         self.log = [self.recorder.opening()]
         self.wake_s: float | None = None
@@ -277,7 +336,7 @@ class World:
 
     def perform(self, action: Action) -> None:
         match action:
-            case Route() | Activate() | Deactivate() | Abort():
+            case Route() | Activate() | Deactivate() | Abort() | QueueBy():
                 if isinstance(action, Deactivate | Abort):
                     assert action.epoch in self.minted, "control invented an epoch"
                 if isinstance(action, Activate):
@@ -288,7 +347,7 @@ class World:
             case Reject():
                 self.front.ended(action.request_id)
             case Requeue():
-                self.front.again(action.request_id)
+                self.front.again(action.request_id, fault=action.fault, lost=action.lost)
             case WakeAt():
                 self.wake_s = action.at_s
             case _:
@@ -370,7 +429,7 @@ class World:
                     agent.leave(worker)
                 elif not worker.loaded:
                     agent.load(worker)
-                elif worker.running:
+                elif worker.running and not worker.stands(self.now):
                     agent.end(worker, worker.running[0], Outcome.STOP)
                 else:
                     continue

@@ -99,7 +99,7 @@ def test_without_a_server_the_error_says_what_to_do(verb: list[str], capsys: pyt
 
 async def test_status_shows_the_snapshot_as_a_table_or_as_json(stage: Stage, capsys: pytest.CaptureFixture[str]) -> None:
     assert await chimera("status", "--url", stage.url) == 0
-    assert "policy static · 1 GPU · 1 model, 1 up" in capsys.readouterr().out
+    assert "policy static, requests by fcfs · 1 GPU · 1 model, 1 up" in capsys.readouterr().out
     assert await chimera("status", "--url", stage.url.removeprefix("http://"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["policy"] == "static"
 
@@ -126,7 +126,7 @@ def test_the_table_says_what_every_model_does_and_where() -> None:
         waiting={"qwen": 7},
     )
     assert render(snapshot).splitlines() == [
-        "policy static · 3 GPUs · 2 models, 1 up",
+        "policy static, requests by fcfs · 3 GPUs · 2 models, 1 up",
         "",
         "MODEL    STATE    GPU  RUNNING  QUEUED  WAITING  KV TOKENS",
         "llama    serving  0,1  3        1                1,200 of 8,192",

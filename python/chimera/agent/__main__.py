@@ -13,6 +13,7 @@ import msgspec
 from chimera.agent.agent import DRAIN_S, Agent
 from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
+from chimera.sched.cost import CostTable
 from chimera.wire import process
 
 
@@ -24,6 +25,7 @@ def main() -> int:
     parser.add_argument(
         "--drain-s", type=float, default=DRAIN_S, help="how long requests may take to end when it is told to stop"
     )
+    parser.add_argument("--costs", type=Path, metavar="FILE", help="what work costs here, as JSON")
     parser.add_argument("--elastic", action="store_true", help="replicas share what a GPU has beside their weights")
     parser.add_argument("--spare-workers", type=int, default=0, metavar="N", help="keep so many EMPTY workers ready")
     parser.add_argument("--prepare", type=Path, metavar="FILE", help="models, as JSON, to prepare while nothing is loading")
@@ -33,6 +35,7 @@ def main() -> int:
     arguments = parser.parse_args()
     process.start_logging(f"agent/{arguments.name}", arguments.log_level)
     gpus = msgspec.json.decode(arguments.gpus.read_bytes(), type=tuple[Gpu, ...])
+    costs = None if arguments.costs is None else msgspec.json.decode(arguments.costs.read_bytes(), type=CostTable | None)
     prepare: tuple[ModelSpec, ...] = ()
     if arguments.prepare is not None:
         prepare = msgspec.json.decode(arguments.prepare.read_bytes(), type=tuple[ModelSpec, ...])
@@ -48,6 +51,7 @@ def main() -> int:
             spare_workers=arguments.spare_workers,
             prepare=prepare,
             prepare_at_once=arguments.prepare_at_once,
+            costs=costs,
             decisions=decisions,
         )
         await agent.start()

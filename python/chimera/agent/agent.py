@@ -30,15 +30,24 @@ from chimera.ledger.book import Survivors
 from chimera.msg import actions, events, stream
 from chimera.msg.actions import Action
 from chimera.msg.events import Event
-from chimera.sched.gpu import GpuInput
+from chimera.sched.cost import CostTable
 from chimera.sched.log import Recorder
-from chimera.sched.node import NodeScheduler
+from chimera.sched.node import NodeInput, NodeScheduler
 from chimera.wire.codec import Message
 from chimera.wire.link import Link
 
 log = logging.getLogger(__name__)
 
-Reported = events.RequestFinished | events.ReplicaReady | events.ReplicaStopped | events.ActivationFailed | events.WorkerLost
+Reported = (
+    events.RequestFinished
+    | events.ReplicaReady
+    | events.ReplicaStopped
+    | events.ActivationFailed
+    | events.WorkerLost
+    | events.StepsTimed
+    | events.GpuLost
+    | events.GpuSampled
+)
 """The events that control's scheduler hears of too."""
 
 DRAIN_S = 30.0
@@ -71,10 +80,11 @@ class Agent:
         spare_workers: int = 0,
         prepare: Sequence[ModelSpec] = (),
         prepare_at_once: int = 1,
+        costs: CostTable | None = None,
         decisions: Callable[[bytes], object] | None = None,
     ) -> None:
         self.name = name
-        self.scheduler = NodeScheduler(name, agent_start, [gpu.gpu_id for gpu in gpus])
+        self.scheduler = NodeScheduler(name, agent_start, [gpu.gpu_id for gpu in gpus], costs=costs, learns=True)
         self._joined = events.AgentJoined(agent=name, agent_start=agent_start, gpus=gpus)
         self._recorder = Recorder(self.scheduler)
         self._decisions = decisions
@@ -102,6 +112,8 @@ class Agent:
                 stop=self._stop_worker,
                 survivors=self._survivors(time.monotonic() + SPEAK_WITHIN_S),
             )
+        self._room_bytes: dict[int, int] = {}
+        """For all caches of a GPU together, as the scheduler was last told."""
         self._memory_timer: asyncio.TimerHandle | None = None
         self._ledger_timer: asyncio.TimerHandle | None = None
         self._held: dict[str, _Held] = {}
@@ -160,7 +172,7 @@ class Agent:
         match message:
             case actions.Activate() if self._stopping:
                 pass
-            case actions.Activate() | actions.Deactivate():
+            case actions.Activate() | actions.Deactivate() | actions.QueueBy():
                 self._obey(message)
             case stream.Delivery(route=route, payload=payload):
                 self._accept(route, payload)
@@ -204,6 +216,8 @@ class Agent:
                 self._prepare_next()
             case events.PagesWanted() | events.PagesReturned():
                 self._hear_of_memory(message)
+            case events.StepsTimed():
+                self._report(message)
             case stream.Heartbeat():
                 self._control.send(message)
             case _:
@@ -265,9 +279,28 @@ class Agent:
         else:
             log.info("prepared model=%s host_bytes=%d took_s=%.3f", message.model, message.host_bytes, message.took_s)
 
+    # The GPUs themselves.
+
+    def note_strangers(self, gpu_id: int, strangers_bytes: int) -> None:
+        """Memory that processes of others hold there is nobody's to lease."""
+        sampled = events.GpuSampled(gpu_id=gpu_id, strangers_bytes=strangers_bytes)
+        log.info("strangers gpu=%d bytes=%d", gpu_id, strangers_bytes)
+        self._report(sampled)
+        self._hear_of_memory(sampled)
+
+    def note_gpu_lost(self, gpu_id: int, reason: str) -> None:
+        """What runs there is lost before its processes are gone: a device that does not answer may keep them for long."""
+        log.error("lost gpu=%d reason=%s", gpu_id, reason)
+        self._report(events.GpuLost(gpu_id=gpu_id, reason=reason))
+        left = tuple(gpu for gpu in self._joined.gpus if gpu.gpu_id != gpu_id)
+        self._joined = msgspec.structs.replace(self._joined, gpus=left)
+        for worker in list(self._pool):
+            if worker.activation is not None and gpu_id in worker.activation.seat.gpu_ids and worker.vigil is not None:
+                worker.vigil.signal(signal.SIGKILL)
+
     # Deciding, and telling control.
 
-    def _decide(self, event: GpuInput) -> None:
+    def _decide(self, event: NodeInput) -> None:
         now = time.monotonic()
         decided = self.scheduler.on(event, now)
         if self._decisions is not None:
@@ -280,7 +313,7 @@ class Agent:
         self._decide(event)
         self._control.send(event)
 
-    def _obey(self, order: actions.Activate | actions.Deactivate) -> None:
+    def _obey(self, order: actions.Activate | actions.Deactivate | actions.QueueBy) -> None:
         try:
             self._decide(order)
         except ProtocolError as fault:
@@ -315,6 +348,9 @@ class Agent:
             case actions.Admit():
                 self._submit(action)
             case actions.Abort():
+                self._tell(action.replica, action.epoch, action)
+            case actions.Preempt():
+                log.info("preempt replica=%s request=%s reason=%r", action.replica, action.request_id, action.reason)
                 self._tell(action.replica, action.epoch, action)
             case actions.Deactivate() if self.memory is not None and self.memory.waits((action.replica, action.epoch)):
                 self._call_off(action)
@@ -408,8 +444,19 @@ class Agent:
             log.error("killed worker=%s replica=%s reason=it keeps memory that was recalled", name, worker.replica)
             worker.vigil.signal(signal.SIGKILL)
 
+    def _note_room(self) -> None:
+        """How much there is for caches, told to the scheduler when it has changed."""
+        assert self.memory is not None
+        for gpu in self._joined.gpus:
+            room_bytes = self.memory.kv_bytes(gpu.gpu_id)
+            if self._room_bytes.get(gpu.gpu_id) != room_bytes:
+                self._room_bytes[gpu.gpu_id] = room_bytes
+                self._decide(events.RoomChanged(gpu_id=gpu.gpu_id, kv_bytes=room_bytes))
+
     def _set_memory_timer(self) -> None:
         assert self.memory is not None
+        # Not from inside the decision that it may be part of.
+        asyncio.get_running_loop().call_soon(self._note_room)
         if self._memory_timer is not None:
             self._memory_timer.cancel()
         due_s, loop = self.memory.next_wake_s, asyncio.get_running_loop()

@@ -23,6 +23,7 @@ from chimera.msg.actions import Activate, FirstLease
 from chimera.msg.events import (
     ActivationFailed,
     Event,
+    GpuSampled,
     PagesHeld,
     PagesReturned,
     PagesWanted,
@@ -145,7 +146,7 @@ class NodeMemory:
         touched = self._forget(event)
         self._pass_on(self.ledger.on(event, now))
         self._start_who_can(now)
-        if isinstance(event, PagesWanted | PagesReturned):
+        if isinstance(event, PagesWanted | PagesReturned | GpuSampled):
             touched.add(event.gpu_id)
         touched |= {gpu_id for gpu_id, due_s in self._put_off.items() if due_s <= now}
         for gpu_id in touched:
@@ -162,6 +163,10 @@ class NodeMemory:
         if (ledger_s := self.ledger.next_wake_s) is not None:
             due.append(ledger_s)
         return min(due, default=None)
+
+    def kv_bytes(self, gpu_id: int) -> int:
+        """What the caches of all replicas on a GPU may hold together."""
+        return self._elastic_pages(gpu_id) * self.ledger[gpu_id].gpu.page_bytes
 
     def view(self, now: float) -> LedgerView:
         return self.ledger.view(now)

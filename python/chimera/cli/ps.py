@@ -7,7 +7,7 @@ import argparse
 import msgspec
 
 from chimera.cli.server_url import DEFAULT_URL, ServerError, request
-from chimera.cli.status import table
+from chimera.cli.status import state_of, table, unwell
 from chimera.core.snapshot import ReplicaView, Snapshot
 from chimera.units import format_bytes
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def render(snapshot: Snapshot) -> str:
     rows = [_row(view, snapshot) for view in sorted(snapshot.replicas, key=lambda view: view.replica)]
-    return table(("MODEL", "STATE", "FOR", "GPU", "KV", "REQUESTS", "PINNED"), rows)
+    return "\n\n".join([table(("MODEL", "STATE", "FOR", "GPU", "KV", "REQUESTS", "PINNED"), rows), *unwell(snapshot)])
 
 
 def _row(view: ReplicaView, snapshot: Snapshot) -> tuple[str, ...]:
@@ -43,7 +43,7 @@ def _row(view: ReplicaView, snapshot: Snapshot) -> tuple[str, ...]:
     pinned = "yes" if spec is not None and spec.pin else ""
     return (
         name,
-        view.state.value,
+        state_of(view),
         _span(snapshot.now_s - view.since_s),
         ",".join(map(str, view.gpu_ids)),
         held,

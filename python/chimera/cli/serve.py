@@ -12,8 +12,9 @@ from chimera.config.deployment import Deployment, deployment_of_models, load_pla
 from chimera.config.nvml import read_nvml
 from chimera.config.virtual_gpus import PAGE_BYTES, default_virtual_gpus, parse_virtual_gpus
 from chimera.core.gpu import Gpu
-from chimera.core.snapshot import POLICY_NAMES
+from chimera.core.snapshot import LOCAL_NAMES, POLICY_NAMES
 from chimera.errors import ConfigError
+from chimera.sched.policies.policy import WarmRules
 from chimera.units import parse_seconds
 
 PLACEMENT_FILES = (".json", ".yaml", ".yml")
@@ -30,6 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--virtual-gpus", metavar="8x2GiB", help="memory budgets of this host that stand in for GPUs")
     parser.add_argument("--num-gpus", type=int, metavar="N", help="use the first N GPUs (virtual ones where there are none)")
     parser.add_argument("--policy", choices=POLICY_NAMES, help="who decides what runs where (default: the file's, or static)")
+    parser.add_argument(
+        "--local", choices=LOCAL_NAMES, help="in which order requests go (default: the file's, or goodput, which is ours)"
+    )
     parser.add_argument("--costs", metavar="TABLE", help="what work costs here, for policies (default: by the kind of machine)")
     parser.add_argument("--static", action="store_true", help="KV pools are reserved, so their sums have to fit")
     parser.add_argument("--engine", choices=("sglang", "simulated"), default="sglang", help="default: %(default)s")
@@ -89,6 +93,8 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         wanted=deployment.placement,
         gpus=deployment.gpus,
         policy=arguments.policy or deployment.policy or "static",
+        local=arguments.local or deployment.local,
+        warm=_warm_rules(deployment),
         costs=costs.table_named(arguments.costs or _kind_of(deployment)),
         engine=arguments.engine,
         elastic=not arguments.static,
@@ -107,6 +113,12 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         prepare_at_once=arguments.num_model_service_workers,
         prepare=tuple(model for model in deployment.models if beforehand and model.name not in seated),
     )
+
+
+def _warm_rules(deployment: Deployment) -> WarmRules:
+    warm = deployment.warm
+    most_bytes = None if warm.max_memory is None else round(warm.max_memory * 10**9)
+    return WarmRules(order=warm.order, most_models=warm.max_models, most_bytes=most_bytes)
 
 
 def _kind_of(deployment: Deployment) -> str:

@@ -40,8 +40,20 @@ def render(snapshot: Snapshot) -> str:
     """For people, on 80 columns where names allow it."""
     serving = sum(view.state is ReplicaState.SERVING for view in snapshot.replicas)
     gpus, models = _count(len(snapshot.gpus), "GPU"), _count(len(snapshot.models), "model")
-    head = f"policy {snapshot.policy} · {gpus} · {models}, {serving} up"
-    return "\n\n".join([head, _models(snapshot), _gpus(snapshot)])
+    head = f"policy {snapshot.policy}, requests by {snapshot.local} · {gpus} · {models}, {serving} up"
+    return "\n\n".join([head, _models(snapshot), _gpus(snapshot), *unwell(snapshot)])
+
+
+def unwell(snapshot: Snapshot) -> list[str]:
+    """What went wrong with replicas that are not well, a line each."""
+    lines = []
+    for view in snapshot.replicas:
+        if view.quarantine_s is not None:
+            rest = f"left alone for {view.quarantine_s:.0f} s more after {view.failures} failures in a row"
+            lines.append(f"{view.replica}: {rest}, the last: {view.why}")
+        elif view.why:
+            lines.append(f"{view.replica}: {view.why}")
+    return ["\n".join(lines)] if lines else []
 
 
 def _models(snapshot: Snapshot) -> str:
@@ -65,7 +77,11 @@ def _row(model: str, view: ReplicaView | None, waiting: int) -> tuple[str, ...]:
     name = str(view.replica) if view.replica.index else model
     gpus = ",".join(map(str, view.gpu_ids))
     kv = f"{view.kv_used_tokens:,} of {view.kv_tokens:,}" if view.kv_tokens else ""
-    return (name, view.state.value, gpus, str(view.running), str(view.queued), str(waiting or ""), kv)
+    return (name, state_of(view), gpus, str(view.running), str(view.queued), str(waiting or ""), kv)
+
+
+def state_of(view: ReplicaView) -> str:
+    return view.state.value if view.quarantine_s is None else "quarantined"
 
 
 def _gpus(snapshot: Snapshot) -> str:

@@ -36,6 +36,7 @@ from chimera.core.replica import ReplicaId
 from chimera.msg.events import ActivationFailed, ReplicaReady
 from chimera.msg.stream import Hello
 from chimera.sched.cost import CostTable
+from chimera.sched.policies.policy import WarmRules
 from chimera.wire.codec import Message
 from chimera.wire.link import Link
 
@@ -61,6 +62,8 @@ class Service:
     wanted: Placement
     gpus: tuple[Gpu, ...]
     policy: str = "static"
+    local: str | None = None
+    warm: WarmRules = field(default_factory=WarmRules)
     costs: CostTable | None = None
     engine: str = "sglang"
     elastic: bool = True
@@ -147,11 +150,19 @@ class Supervisor:
 
     async def _start(self, port: int) -> None:
         service = self._service
-        charge = Charge(models=service.models, wanted=service.wanted, policy=service.policy, costs=service.costs)
+        charge = Charge(
+            models=service.models,
+            wanted=service.wanted,
+            policy=service.policy,
+            local=service.local,
+            costs=service.costs,
+            warm=service.warm,
+        )
         charge.write(self._dir / "deployment.json")
         access = msgspec.structs.replace(service.access, share=1 / service.fronts)
         (self._dir / "access.json").write_bytes(msgspec.json.encode(access))
         (self._dir / "gpus.json").write_bytes(msgspec.json.encode(service.gpus))
+        (self._dir / "costs.json").write_bytes(msgspec.json.encode(service.costs))
         (self._dir / "prepare.json").write_bytes(msgspec.json.encode(service.prepare))
         self._say(f"{_count(len(service.models), 'model')} on {_gpus(service.gpus)}, engine {service.engine}")
         self._children = self._cast(port)
@@ -179,7 +190,7 @@ class Supervisor:
         parent = ["chimera.worker.parent", "--socket", str(self._dir / "parent.sock"), "--engine", service.engine]
         control = ["chimera.control", "--run-dir", folder, "--deployment", str(self._dir / "deployment.json")]
         agent = ["chimera.agent", "--run-dir", folder, "--name", "local", "--gpus", str(self._dir / "gpus.json")]
-        agent += ["--spare-workers", str(service.spare_workers)]
+        agent += ["--costs", str(self._dir / "costs.json"), "--spare-workers", str(service.spare_workers)]
         agent += ["--prepare", str(self._dir / "prepare.json"), "--prepare-at-once", str(service.prepare_at_once)]
         if service.elastic:
             agent.append("--elastic")

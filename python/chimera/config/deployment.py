@@ -14,7 +14,7 @@ import msgspec
 
 from chimera.config.checkpoint import Checkpoint, download, locate, missing_tokenizer, read_checkpoint
 from chimera.config.faults import Faults, at_index
-from chimera.config.placement_file import ModelEntry, PlacementFile, read_placement_file
+from chimera.config.placement_file import ModelEntry, PlacementFile, WarmEntry, read_placement_file
 from chimera.config.rules import Rules, keep_alive_s, kv_dtype, pool_bytes
 from chimera.config.virtual_gpus import default_virtual_gpus, parse_virtual_gpus
 from chimera.core.gpu import Gpu
@@ -39,7 +39,9 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     """The seats that are on."""
     gpus: tuple[Gpu, ...]
     policy: str | None = None
-    """The file's wish; a flag goes first."""
+    """The file's wish; a flag goes first. So with the order of requests."""
+    local: str | None = None
+    warm: WarmEntry = WarmEntry()
 
 
 class Survey(msgspec.Struct, frozen=True, kw_only=True):
@@ -229,7 +231,15 @@ def _deployment(survey: Survey) -> Deployment:
         for index, placement in enumerate(entry.init_placements)
         if placement.on
     )
-    return Deployment(models=models, placement=Placement(seats), gpus=survey.gpus, policy=survey.file.policy)
+    file = survey.file
+    return Deployment(
+        models=models,
+        placement=Placement(seats),
+        gpus=survey.gpus,
+        policy=file.policy,
+        local=file.local,
+        warm=file.warm,
+    )
 
 
 def _spec(entry: ModelEntry, checkpoint: Checkpoint, tokenizer: Path) -> ModelSpec:
@@ -248,7 +258,11 @@ def _spec(entry: ModelEntry, checkpoint: Checkpoint, tokenizer: Path) -> ModelSp
         dtype=entry.dtype,
         quantization=entry.quantization,
         aliases=entry.aliases,
-        slo=Slo(ttft_s=_seconds(entry.slo.ttft_ms), tpot_s=_seconds(entry.slo.tpot_ms)),
+        slo=Slo(
+            ttft_s=_seconds(entry.slo.ttft_ms),
+            tpot_s=_seconds(entry.slo.tpot_ms),
+            reject_late=entry.slo.late == "reject",
+        ),
         priority=entry.priority,
         pin=entry.pin or never_leaves,
         preload=entry.preload,

@@ -22,6 +22,7 @@ GpuId = Annotated[int, msgspec.Meta(ge=0, le=1_000_000)]
 Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=86_400_000)]
 Dtype = Literal["auto", "float16", "half", "bfloat16", "float32", "float"]
 Policy = Literal["flexible", "static", "time-sharing", "space-sharing", "simple-global", "kvpr"]
+Local = Literal["fcfs", "slack", "moore-hodgson", "goodput", "by-policy"]
 
 
 class SloEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -29,6 +30,25 @@ class SloEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     ttft_ms: Annotated[Milliseconds | None, msgspec.Meta(description="Time to first token.")] = None
     tpot_ms: Annotated[Milliseconds | None, msgspec.Meta(description="Time per output token after the first.")] = None
+    late: Annotated[
+        Literal["best-effort", "reject"],
+        msgspec.Meta(description="A request that cannot be in time: served when no other can be, or turned away at once."),
+    ] = "best-effort"
+
+
+class WarmEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How models that nobody asks for are kept, whoever decides."""
+
+    order: Annotated[Literal["lru", "lfu"], msgspec.Meta(description="Who leaves first: longest idle, or least asked for.")] = (
+        "lru"
+    )
+    max_models: Annotated[
+        Annotated[int, msgspec.Meta(ge=1, le=1_000_000)] | None, msgspec.Meta(description="So many may be warm at once.")
+    ] = None
+    max_memory: Annotated[
+        Annotated[float, msgspec.Meta(gt=0, le=1_000_000)] | None,
+        msgspec.Meta(description="Gigabytes (10^9 bytes) that weights and engines of all of them may hold on all GPUs."),
+    ] = None
 
 
 class PlacementEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -91,6 +111,10 @@ class PlacementFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
 
     models: tuple[ModelEntry, ...]
     policy: Annotated[Policy | None, msgspec.Meta(description="Who decides what runs where; a flag goes first.")] = None
+    local: Annotated[
+        Local | None, msgspec.Meta(description="In which order requests go; by default ours; a flag goes first.")
+    ] = None
+    warm: WarmEntry = WarmEntry()
     gpus: Annotated[
         Annotated[str, msgspec.Meta(min_length=1, max_length=4096)] | None,
         msgspec.Meta(description="Virtual GPUs for a machine without any: 8x2GiB."),

@@ -9,14 +9,18 @@ import msgspec
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement
 from chimera.sched.cost import CostTable
+from chimera.sched.policies.policy import WarmRules
 
 
 class Charge(msgspec.Struct, frozen=True, kw_only=True):
     models: tuple[ModelSpec, ...]
     wanted: Placement
     policy: str = "static"
+    local: str | None = None
+    """In which order requests go; `None`: ours, where there is a cost table."""
     costs: CostTable | None = None
     """What work costs on these machines; every policy but `static` needs it."""
+    warm: WarmRules = WarmRules()
 
     def write(self, path: Path) -> None:
         path.write_bytes(msgspec.json.encode(self))

@@ -25,6 +25,7 @@ from chimera.msg.actions import Action
 from chimera.sched.control import ControlInput, ControlScheduler
 from chimera.sched.cost import CostTable
 from chimera.sched.log import Recorder
+from chimera.sched.policies.policy import WarmRules
 from chimera.wire.channel import Channel, Server, serve
 from chimera.wire.codec import Message
 from chimera.wire.vigil import Vigil
@@ -58,11 +59,13 @@ class Exchange:
         wanted: Placement,
         socket: Path,
         policy: str = "static",
+        local: str | None = None,
         costs: CostTable | None = None,
+        warm: WarmRules | None = None,
         decisions: Callable[[bytes], object] | None = None,
         witness: Witness | None = None,
     ) -> None:
-        self.scheduler = ControlScheduler(wanted, policy=policy, costs=costs)
+        self.scheduler = ControlScheduler(wanted, policy=policy, local=local, costs=costs, warm=warm, learns=True)
         self._has_costs = costs is not None
         self._models = {model.name: model for model in models}
         self._socket = socket
@@ -234,8 +237,8 @@ class Exchange:
                 channel.send(self._snapshot())
             case events.LoadWanted() | events.UnloadWanted():
                 self._decide(message)
-            case events.PolicyChosen(policy=policy) if policy == "static" or self._has_costs:
-                log.info("policy %s chosen through front-end %s", policy, name)
+            case events.PolicyChosen(policy=policy, local=local) if policy in (None, "static") or self._has_costs:
+                log.info("policy=%s local=%s chosen through front-end %s", policy, local, name)
                 self._decide(message)
             case events.ModelRegistered() | events.ModelRemoved():
                 self._change_models(message)
@@ -253,6 +256,9 @@ class Exchange:
                 | events.ActivationFailed()
                 | events.WorkerLost()
                 | events.RequestFinished()
+                | events.StepsTimed()
+                | events.GpuLost()
+                | events.GpuSampled()
                 | actions.Reject()
                 | actions.Requeue()
             ):
@@ -363,6 +369,9 @@ class Exchange:
                 self._report(action.replica, ReplicaState.DRAINING, action.reason)
                 self._tell_agent(action, action)
             case actions.Abort():
+                self._tell_agent(action, action)
+            case actions.QueueBy():
+                log.info("queue by=%s agent=%s reason=%s", action.local, action.agent, action.reason)
                 self._tell_agent(action, action)
             case actions.Reject(request_id=request_id, front=front) | actions.Requeue(request_id=request_id, front=front):
                 self._payloads.pop(request_id, None)

@@ -22,6 +22,11 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     emitted_tokens: int = 0
     """Tokens already sent to the client before the request was requeued; they are part of the new prompt."""
     tries: int = 0
+    """Attempts before this one, whatever ended them."""
+    losses: int = 0
+    """Times that it was in an engine that was lost: it may be what ends them."""
+    preempted: int = 0
+    """Times that it was given back so that another could be in time."""
 
     @property
     def final_tokens(self) -> int:

@@ -11,6 +11,8 @@ from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 
 POLICY_NAMES = ("flexible", "static", "time-sharing", "space-sharing", "simple-global", "kvpr", "kvpr-after")
 """Who may decide what runs where, as operators say it."""
+LOCAL_NAMES = ("fcfs", "slack", "moore-hodgson", "goodput", "by-policy")
+"""In which order requests go; the last stands for the one that the policy is known with."""
 
 
 class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
@@ -24,6 +26,12 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     """KV slots the replica may use now."""
     kv_used_tokens: int = 0
     since_s: float = 0.0
+    failures: int = 0
+    """Lives in a row that failed."""
+    quarantine_s: float | None = None
+    """How long it is still left alone, having failed too often; `None` when it is not."""
+    why: str = ""
+    """What went wrong last, while it is not well."""
 
 
 class Demand(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +58,8 @@ class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     version: int = 1
     now_s: float
     policy: str
+    local: str = "fcfs"
+    """In which order requests go."""
     gpus: tuple[Gpu, ...] = ()
     models: tuple[ModelSpec, ...] = ()
     replicas: tuple[ReplicaView, ...] = ()

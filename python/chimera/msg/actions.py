@@ -71,6 +71,8 @@ class Pause(Action, frozen=True, kw_only=True):
 
     replica: ReplicaId
     epoch: Epoch
+    for_s: float | None = None
+    """The replica goes on by itself after so long, whether `Resume` comes or not; `None`: not before."""
 
 
 class Resume(Action, frozen=True, kw_only=True):
@@ -123,11 +125,30 @@ class Abort(Action, frozen=True, kw_only=True):
     epoch: Epoch | None = None
 
 
+class Preempt(Action, frozen=True, kw_only=True):
+    """The engine gives the request back to its front-end, so that another can be in time; it keeps its tokens."""
+
+    request_id: str
+    replica: ReplicaId
+    epoch: Epoch
+
+
+class QueueBy(Action, frozen=True, kw_only=True):
+    """From control to an agent: in which order requests go from now on. Those that wait, wait on."""
+
+    agent: str
+    local: str
+
+
 class Requeue(Action, frozen=True, kw_only=True):
     """Ask the request's front-end to bring it again with the tokens it has."""
 
     request_id: str
     front: str
+    fault: bool = False
+    """Something broke; so many times are borne. What was planned, a move or a drain, does not count."""
+    lost: bool = False
+    """It was in an engine that was lost, and may be what ended it."""
 
 
 class Reject(Action, frozen=True, kw_only=True):

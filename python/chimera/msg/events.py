@@ -171,9 +171,12 @@ class PagesHeld(Event, frozen=True, kw_only=True):
 
 
 class PolicyChosen(Event, frozen=True, kw_only=True):
-    """Who decides from now on what runs where; the running system goes on meanwhile."""
+    """Who decides from now on what runs where, and in which order requests go; the running system goes on meanwhile."""
 
-    policy: str
+    policy: str | None = None
+    """`None`: as before."""
+    local: str | None = None
+    """An order by name; `by-policy`: the one that the policy is known with; `None`: as before."""
 
 
 class LoadWanted(Event, frozen=True, kw_only=True):
@@ -198,6 +201,39 @@ class UnloadWanted(Event, frozen=True, kw_only=True):
     """`None`: every replica."""
     drain_s: float | None = None
     """How long its requests may go on before they come back; `None`: as the model's entry says."""
+
+
+class StepsTimed(Event, frozen=True, kw_only=True):
+    """What a replica's engine has done of late, and how long that took: what the cost table is refined from."""
+
+    replica: ReplicaId
+    epoch: Epoch
+    decode_steps: int = 0
+    """Steps without a prompt in them."""
+    decode_s: float = 0.0
+    decode_tokens: int = 0
+    """Made in those steps."""
+    context_tokens: int = 0
+    """Read in those steps: the sum over steps and requests."""
+    prompts: int = 0
+    prompt_tokens: int = 0
+    """Cached ones too: a cache that serves makes prompts cheaper."""
+    prompt_s: float = 0.0
+    """From one step's end to the end of the step that made their first tokens."""
+
+
+class GpuLost(Event, frozen=True, kw_only=True):
+    """The device answers no more, and with it whatever runs there. Only a new agent process brings it back."""
+
+    gpu_id: int
+    reason: str
+
+
+class RoomChanged(Event, frozen=True, kw_only=True):
+    """What the caches of all replicas on a GPU may hold together, where they share it."""
+
+    gpu_id: int
+    kv_bytes: int
 
 
 class GpuSampled(Event, frozen=True, kw_only=True):

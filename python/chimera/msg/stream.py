@@ -149,7 +149,10 @@ class Tokens(Stream, frozen=True, kw_only=True):
 
 
 class Failed(Stream, frozen=True, kw_only=True):
-    """The request ends in one error, or, if `requeue`, comes back to its front-end to be tried again."""
+    """The request ends in one error, or, if `requeue`, comes back to its front-end to be tried again.
+
+    One that comes back with the code `preempted` has made way for another.
+    """
 
     request_id: str
     code: str

@@ -20,6 +20,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 import msgspec
+from msgspec.structs import replace
 
 from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
@@ -29,12 +30,14 @@ from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
 from chimera.core.snapshot import ReplicaView, Snapshot
 from chimera.errors import ConfigError
-from chimera.msg.actions import Abort, Action, Activate, Deactivate, Reject, RejectCode, Requeue, Route, WakeAt
+from chimera.msg.actions import Abort, Action, Activate, Deactivate, QueueBy, Reject, RejectCode, Requeue, Route, WakeAt
 from chimera.msg.events import (
     ActivationFailed,
     AgentJoined,
     AgentLost,
     Event,
+    GpuLost,
+    GpuSampled,
     LoadWanted,
     ModelRegistered,
     ModelRemoved,
@@ -45,16 +48,18 @@ from chimera.msg.events import (
     RequestArrived,
     RequestCancelled,
     RequestFinished,
+    StepsTimed,
     UnloadWanted,
     Woke,
     WorkerLost,
 )
+from chimera.sched import refine
 from chimera.sched.cost import CostTable
 from chimera.sched.demand import Counter
 from chimera.sched.places import QUARANTINE_AFTER, Place, PlaceState, Routed
 from chimera.sched.policies import policy_named
 from chimera.sched.policies.policy import Decision, Question, WarmRules
-from chimera.sched.queues import Fcfs, Queue
+from chimera.sched.queues import BY_POLICY, LOCAL_POLICIES, Fcfs, Queue, deadline_s, is_strict, local_of
 
 ControlInput = Event | Reject | Requeue
 """What happened, and what agents have decided about requests that were routed to them."""
@@ -141,12 +146,16 @@ class ControlState(msgspec.Struct, frozen=True, kw_only=True):
     demands: dict[str, Counter] = {}
     review_s: float | None = None
     reviewed_s: float | None = None
+    local: str | None = None
+    learns: bool = False
+    strangers: dict[int, int] = {}
 
 
 class ControlScheduler:
     """One for the whole system. `filed` is what the operator wrote: where every policy begins, and where `static` stays.
 
-    Policies other than `static` need a cost table.
+    Policies other than `static` need a cost table. `local` is the order in which requests go at the agents: a name, or
+    `by-policy`; `None` is ours where there is a cost table. One that `learns` corrects the table by what it sees.
     """
 
     def __init__(
@@ -155,13 +164,19 @@ class ControlScheduler:
         limits: Limits | None = None,
         *,
         policy: str = "static",
+        local: str | None = None,
         costs: CostTable | None = None,
         warm: WarmRules | None = None,
+        learns: bool = False,
     ) -> None:
         self._filed = filed
         self._wanted = filed
         self._policy = policy_named(policy)
+        self._local = _local_named(local)
         self._costs = costs
+        self._learns = learns
+        self._strangers: dict[int, int] = {}
+        """Bytes of each GPU that processes of others hold."""
         self._warm = warm or WarmRules()
         self._demands: dict[str, Counter] = {}
         self._review_s: float | None = None
@@ -176,6 +191,8 @@ class ControlScheduler:
         self._held: dict[str, Queue] = {}
         self._held_since: OrderedDict[str, Held] = OrderedDict()
         """All that is held, the longest-held first."""
+        self._strict: dict[str, float] = {}
+        """Of the held, those that would rather be turned away than be late, and when they are."""
         self._where: dict[str, ReplicaId] = {}
         """The place that a routed request is with."""
         self._paces: dict[str, Pace] = {}
@@ -219,7 +236,16 @@ class ControlScheduler:
             case ModelRemoved():
                 return self._removed(event.model, now)
             case PolicyChosen():
-                return self._policy_chosen(event.policy, now)
+                return self._policy_chosen(event, now)
+            case GpuLost():
+                return self._gpu_lost(event, now)
+            case GpuSampled():
+                self._strangers[event.gpu_id] = event.strangers_bytes
+                self._review_soon(now)
+                return []
+            case StepsTimed():
+                self._learn_steps(event)
+                return []
             case LoadWanted():
                 return self._load_wanted(event, now)
             case UnloadWanted():
@@ -235,10 +261,17 @@ class ControlScheduler:
     def policy(self) -> str:
         return self._policy.name
 
+    @property
+    def local(self) -> str:
+        """In which order requests go at the agents."""
+        if self._local == BY_POLICY:
+            return local_of(self._policy.name)
+        return self._local or ("fcfs" if self._costs is None else "goodput")
+
     def agent_of(self, action: Action) -> str | None:
         """The agent that an action is for; `None` for those that go to a front-end, or when that agent is gone."""
         match action:
-            case Route():
+            case Route() | QueueBy():
                 return action.agent
             case Activate():
                 return self._owner(action.seat)
@@ -261,6 +294,7 @@ class ControlScheduler:
         return Snapshot(
             now_s=now,
             policy=self._policy.name,
+            local=self.local,
             gpus=tuple(gpu for agent in self._agents.values() if agent.present for gpu in agent.gpus),
             models=tuple(self._models.values()),
             replicas=tuple(
@@ -273,6 +307,9 @@ class ControlScheduler:
                     queued=place.overflow,
                     kv_tokens=place.kv_tokens,
                     since_s=place.since_s,
+                    failures=place.failures,
+                    quarantine_s=max(0.0, (place.due_s or now) - now) if place.state is PlaceState.QUARANTINED else None,
+                    why=place.why if place.failures or place.state in (PlaceState.FAILED, PlaceState.ABSENT) else "",
                 )
                 for place in self._places.values()
             ),
@@ -299,6 +336,9 @@ class ControlScheduler:
             return [refusal]
         place = self._choice(request.model)
         if place is None:
+            late = self._unattainable(request, now)
+            if late is not None:
+                return [late]
             self._hold(request, now)
             if not self._places_of(request.model):
                 self._review_soon(now)
@@ -330,9 +370,29 @@ class ControlScheduler:
             return _reject(request, RejectCode.QUEUE_FULL, reason, retry_after_s=wait_s, queue_position=ahead + 1)
         return None
 
+    def _unattainable(self, request: Request, now: float) -> Reject | None:
+        """A request that nobody serves yet, whose model cannot be up in time for it, and that would rather hear so."""
+        start_s = self._start_s(request.model, now)
+        if not is_strict(request) or now + start_s <= deadline_s(request):
+            return None
+        reason = f"{request.model} is not up, and will not be within {request.slo.ttft_s or 0.0:g} s"
+        return _reject(request, RejectCode.SLO_UNATTAINABLE, reason, retry_after_s=start_s)
+
+    def _start_s(self, model: str, now: float) -> float:
+        """How long it takes until a replica of the model serves, as far as can be told."""
+        load_s = 0.0 if self._costs is None or model not in self._models else self._costs.of(self._models[model]).activation_s
+        coming = [
+            max(0.0, place.since_s + (place.load_s or load_s) - now)
+            for place in self._places_of(model)
+            if place.state is PlaceState.LOADING
+        ]
+        return min(coming, default=load_s)
+
     def _hopeless(self, request: Request, places: list[Place], now: float) -> Reject:
         """Nothing that is wanted for this model will serve soon; the likeliest of its places says why."""
         best = min(places, key=lambda place: (place.state is PlaceState.FAILED, place.due_s or now, place.replica))
+        if best.state is PlaceState.ABSENT and best.why:
+            return _reject(request, RejectCode.MODEL_UNAVAILABLE, f"{best.replica} has no place: {best.why}")
         if best.state is PlaceState.ABSENT:
             away_s = self._limits.agent_absence_s
             reason = f"no agent with GPUs {list(best.seat.gpu_ids)} has been here for {away_s:g} s"
@@ -376,9 +436,12 @@ class ControlScheduler:
     def _hold(self, request: Request, now: float) -> None:
         self._held.setdefault(request.model, Fcfs()).push(request)
         self._held_since[request.request_id] = Held(request=request, since_s=now)
+        if is_strict(request):
+            self._strict[request.request_id] = deadline_s(request)
 
     def _unhold(self, request_id: str) -> Request | None:
         held = self._held_since.pop(request_id, None)
+        self._strict.pop(request_id, None)
         return None if held is None else self._held[held.request.model].remove(request_id)
 
     def _route(self, request: Request, place: Place, now: float) -> Route:
@@ -395,6 +458,7 @@ class ControlScheduler:
         while held and (place := self._choice(model)) is not None:
             request = held.pop(now)
             del self._held_since[request.request_id]
+            self._strict.pop(request.request_id, None)
             yield self._route(request, place, now)
 
     def _forget(self, request_id: str) -> Routed | None:
@@ -448,6 +512,8 @@ class ControlScheduler:
             return
         if place.state is PlaceState.SERVING and place.epoch == event.epoch:
             return
+        if self._learns and self._costs is not None and place.state is PlaceState.LOADING:
+            self._costs = refine.after_activation(self._costs, self._models[place.replica.model], event.load_s)
         place.serve(event.epoch, credits=event.credits, kv_tokens=event.kv_tokens, load_s=event.load_s, now=now)
         place.agent = agent
         self._note_due(place)
@@ -496,7 +562,9 @@ class ControlScheduler:
         for request_id, routed in list(place.routed.items()):
             self._forget(request_id)
             yield self._abort(request_id, place.replica, routed.epoch, f"{place.replica} is given up: {place.why}")
-            yield self._refusal(routed.request, now) or _requeue(routed.request, f"{place.replica} is given up: {place.why}")
+            yield self._refusal(routed.request, now) or _requeue(
+                routed.request, f"{place.replica} is given up: {place.why}", fault=True
+            )
         yield from self._refuse_held(model, now)
 
     def _refuse_held(self, model: str, now: float) -> Iterator[Action]:
@@ -593,7 +661,7 @@ class ControlScheduler:
 
     def _capacity_bytes(self, gpu_id: int) -> int:
         gpus = (gpu for agent in self._agents.values() for gpu in agent.gpus)
-        return next((gpu.capacity_bytes for gpu in gpus if gpu.gpu_id == gpu_id), 0)
+        return next((gpu.capacity_bytes - self._strangers.get(gpu_id, 0) for gpu in gpus if gpu.gpu_id == gpu_id), 0)
 
     def _could_fit(self, model: ModelSpec) -> bool:
         """Whether the GPUs that are here could hold it if they were empty. Without any, that is not known yet."""
@@ -628,6 +696,7 @@ class ControlScheduler:
                 yield from self._agent_lost(AgentLost(agent=known.name, reason="it came back as a new process"), now)
             yield from self._give_up_routed(known, set(event.requests), "it was lost with its agent")
         self._agents[event.agent] = Agent(name=event.agent, start=event.agent_start, gpus=event.gpus, earlier=event.earlier)
+        yield self._queue_by(event.agent)
         for orphan in known.orphans if known is not None else ():
             if orphan.request_id in event.requests:
                 reason = "its agent was away, and it was sent to its front-end meanwhile"
@@ -657,7 +726,31 @@ class ControlScheduler:
                 if routed.epoch.agent_start in lives and request_id not in kept:
                     self._forget(request_id)
                     agent.orphans.append(Orphan(request_id=request_id, replica=place.replica, epoch=routed.epoch))
-                    yield _requeue(routed.request, f"{place.replica}: {reason}")
+                    yield _requeue(routed.request, f"{place.replica}: {reason}", fault=True)
+
+    def _gpu_lost(self, event: GpuLost, now: float) -> Iterator[Action]:
+        """What has a rank there is lost; it waits for nobody, and goes elsewhere if its policy finds a place."""
+        agent = next((a for a in self._agents.values() if any(gpu.gpu_id == event.gpu_id for gpu in a.gpus)), None)
+        if agent is None:
+            return
+        agent.gpus = tuple(gpu for gpu in agent.gpus if gpu.gpu_id != event.gpu_id)
+        why = f"GPU {event.gpu_id} is lost: {event.reason}"
+        for place in list(self._on_gpu.get(event.gpu_id, [])):
+            if place.state is PlaceState.LEAVING:
+                yield from self._drop(place, why)
+                yield from self._settle(place.replica.model, now)
+            elif self._policy.on_demand:
+                self._wanted = Placement(tuple(seat for seat in self._wanted.seats if seat.replica != place.replica))
+                yield from self._drop(place, why)
+            else:
+                if place.epoch is not None:
+                    place.ended = place.epoch
+                place.agent, place.why = None, why
+                place.enter(PlaceState.ABSENT, now)
+                self._note_due(place)
+                yield from self._abandon(place, now)
+            yield from self._refuse_held(place.replica.model, now)
+        self._review_soon(now)
 
     def _owner(self, seat: Seat) -> str | None:
         """The agent that is here and has every GPU of the seat."""
@@ -672,11 +765,28 @@ class ControlScheduler:
 
     # Policies.
 
-    def _policy_chosen(self, policy: str, now: float) -> Iterator[Action]:
+    def _policy_chosen(self, event: PolicyChosen, now: float) -> Iterator[Action]:
         """Another policy goes on from what stands. Only `static` knows where the file put things, and goes back to it."""
-        self._policy = policy_named(policy)
-        self._review_s = now
-        return iter(())
+        before = self.local
+        if event.local is not None:
+            self._local = _local_named(event.local)
+        if event.policy is not None:
+            self._policy = policy_named(event.policy)
+            self._review_s = now
+        if self.local != before:
+            for agent in self._agents.values():
+                if agent.present:
+                    yield self._queue_by(agent.name)
+
+    def _queue_by(self, agent: str) -> QueueBy:
+        return QueueBy(agent=agent, local=self.local, reason=f"requests go by {self.local} under {self._policy.name}")
+
+    def _learn_steps(self, event: StepsTimed) -> None:
+        place, model = self._places.get(event.replica), self._models.get(event.replica.model)
+        if not self._learns or self._costs is None or place is None or model is None or place.epoch != event.epoch:
+            return
+        near = {p.replica for g in place.seat.gpu_ids for p in self._on_gpu[g] if p is not place and p.routed}
+        self._costs = refine.after_steps(self._costs, model, event, self._costs.slowdown(1 + len(near)))
 
     def _review_soon(self, now: float) -> None:
         if not self._policy.on_demand or not any(agent.present for agent in self._agents.values()):
@@ -693,12 +803,26 @@ class ControlScheduler:
             decision = Decision(placement=self._filed, again_s=math.inf)
         else:
             question = Question(
-                snapshot=self.snapshot(now), filed=self._filed, wanted=self._wanted, costs=self._costs, warm=self._warm
+                snapshot=self._free_of_strangers(self.snapshot(now)),
+                filed=self._filed,
+                wanted=self._wanted,
+                costs=self._costs,
+                warm=self._warm,
             )
             decision = self._policy.decide(question)
         if math.isfinite(decision.again_s):
             self._review_s = now + max(SOON_S, decision.again_s)
         return list(self._want(decision, now))
+
+    def _free_of_strangers(self, snapshot: Snapshot) -> Snapshot:
+        """GPUs as large as what others leave of them."""
+        if not any(self._strangers.values()):
+            return snapshot
+        gpus = (
+            replace(gpu, capacity_bytes=max(0, gpu.capacity_bytes - self._strangers.get(gpu.gpu_id, 0)))
+            for gpu in snapshot.gpus
+        )
+        return replace(snapshot, gpus=tuple(gpus))
 
     def _want(self, decision: Decision, now: float) -> Iterator[Action]:
         change = decision.placement.diff(self._wanted)
@@ -763,7 +887,7 @@ class ControlScheduler:
         reasons = dict.fromkeys(leaving, "the operator wants it unloaded")
         for action in self._want(Decision(placement=placement, reasons=reasons), now):
             if isinstance(action, Deactivate) and event.drain_s is not None:
-                yield msgspec.structs.replace(action, drain_s=event.drain_s)
+                yield replace(action, drain_s=event.drain_s)
             else:
                 yield action
 
@@ -800,6 +924,12 @@ class ControlScheduler:
         for agent in self._agents.values():
             if agent.requests_due_s is not None and agent.requests_due_s <= now:
                 yield from self._give_up_routed(agent, set(), "its agent was lost and has not come back")
+        for request_id in [i for i, due_s in self._strict.items() if due_s <= now]:
+            request = self._unhold(request_id)
+            assert request is not None
+            reason = f"no replica of {request.model} was ready within {request.slo.ttft_s or 0.0:g} s"
+            start_s = self._start_s(request.model, now)
+            yield _reject(request, RejectCode.SLO_UNATTAINABLE, reason, retry_after_s=start_s)
         while self._held_since:
             held = next(iter(self._held_since.values()))
             if held.since_s + self._limits.hold_s > now:
@@ -834,6 +964,8 @@ class ControlScheduler:
         if self._review_s is not None:
             dues.append(self._review_s)
         dues += [agent.requests_due_s for agent in self._agents.values() if agent.requests_due_s is not None]
+        if self._strict:
+            dues.append(min(self._strict.values()))
         soonest = min(dues, default=None)
         if soonest is None or (self._wake_s is not None and self._wake_s <= soonest):
             return None  # To be woken too early costs nothing.
@@ -870,13 +1002,25 @@ class ControlScheduler:
             demands=self._demands,
             review_s=self._review_s,
             reviewed_s=self._reviewed_s,
+            local=self._local,
+            learns=self._learns,
+            strangers=self._strangers,
         )
         return _copy(state)
 
     @classmethod
     def from_state(cls, state: ControlState) -> ControlScheduler:
         state = _copy(state)
-        scheduler = cls(state.filed, state.limits, policy=state.policy, costs=state.costs, warm=state.warm)
+        scheduler = cls(
+            state.filed,
+            state.limits,
+            policy=state.policy,
+            local=state.local,
+            costs=state.costs,
+            warm=state.warm,
+            learns=state.learns,
+        )
+        scheduler._strangers = state.strangers
         scheduler._wanted = state.wanted
         scheduler._demands = state.demands
         scheduler._review_s = state.review_s
@@ -944,5 +1088,11 @@ def _refuse_order(order: LoadWanted | UnloadWanted, code: RejectCode, reason: st
     return Reject(request_id=order.order, front=order.front, code=code, reason=reason)
 
 
-def _requeue(request: Request, reason: str) -> Requeue:
-    return Requeue(request_id=request.request_id, front=request.front, reason=reason)
+def _requeue(request: Request, reason: str, *, fault: bool = False) -> Requeue:
+    return Requeue(request_id=request.request_id, front=request.front, reason=reason, fault=fault)
+
+
+def _local_named(local: str | None) -> str | None:
+    if local is not None and local not in (*LOCAL_POLICIES, BY_POLICY):
+        raise ConfigError.single("local", f"there is no order {local!r}; there are {', '.join(LOCAL_POLICIES)} and {BY_POLICY}")
+    return local

@@ -2,7 +2,8 @@
 
 A table is a few measured coefficients, so that a model never seen on the machine has a price too: a decode step reads the
 weights once and the context once, a prefill multiplies every token with every weight, an activation moves the weights over
-the link. Where a figure comes from stands in the table itself. Knows no file; is refined by nobody in here.
+the link. Where a figure comes from stands in the table itself. Knows no file. A live server corrects it per model
+(`refine.py`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,14 @@ from chimera.core.model import ModelSpec
 
 NonNegative = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class Factors(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """How many times longer a model's work takes than the figures say."""
+
+    decode: Positive = 1.0
+    prefill: Positive = 1.0
+    activation: Positive = 1.0
 
 
 class CostTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -57,9 +66,16 @@ class CostTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """From host memory to all GPUs of a node together."""
     neighbour_slowdown: NonNegative
     """By how much k engines at work on one GPU take longer than k turns: 1 + this × (k − 1)."""
+    refined: dict[str, Factors] = {}
+    """By model: what a running server has seen."""
 
     def of(self, model: ModelSpec) -> EngineCost:
-        """The table's price list for one model, per rank."""
+        """The price list for one model, per rank, as far as is known."""
+        plain, factors = self.plain(model), self.refined.get(model.name)
+        return plain if factors is None else plain.times(factors)
+
+    def plain(self, model: ModelSpec) -> EngineCost:
+        """By the table's figures alone."""
         return EngineCost(
             step_s=self.step_s
             + model.weight_bytes / self.weight_bytes_per_s
@@ -93,6 +109,18 @@ class EngineCost(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     prompt_pair_s: float
     activation_s: float
     chunk_tokens: int
+
+    def times(self, factors: Factors) -> EngineCost:
+        return EngineCost(
+            step_s=self.step_s * factors.decode,
+            sequence_s=self.sequence_s * factors.decode,
+            context_token_s=self.context_token_s * factors.decode,
+            prefill_step_s=self.prefill_step_s * factors.prefill,
+            prompt_token_s=self.prompt_token_s * factors.prefill,
+            prompt_pair_s=self.prompt_pair_s * factors.prefill,
+            activation_s=self.activation_s * factors.activation,
+            chunk_tokens=self.chunk_tokens,
+        )
 
     def decode_s(self, batch: int, context_tokens: int) -> float:
         """One step that gives every sequence of the batch a token; `context_tokens` is the sum over the batch."""

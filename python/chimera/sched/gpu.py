@@ -1,52 +1,61 @@
-"""One GPU: which of its waiting requests goes next, and when its replica may take it.
+"""One GPU: which replicas live here, who waits for them, and when their engines may take the next request.
 
 Owns the queue and the credits of every replica whose first rank sits here, and gives each life of a replica its epoch.
-Knows counts and names; does not know what a request says, where its tokens go, or what happens on other GPUs.
-
-Under a local policy that knows deadlines, an engine is given no more prompts than it prefills in a moment, so that the order
-stays ours, and all queues of the GPU take turns. Under `goodput` prompts also leave time for the decodes of those that run,
-and a request waits here while there is no room for its cache. Work goes on whatever the estimates say: a GPU that runs
-nothing is always given the next request.
+Knows counts and names; does not know what a request says, where its tokens go, or what happens on other GPUs. Whose turn it
+is, `turns.py` says.
 
 Invariants: a request is in one place, a queue or an engine; the engine of a replica never holds more requests than it gave
-credits; whatever speaks of another epoch than the present one changes nothing.
+credits; whatever speaks of another epoch than the present one changes nothing. What was in an engine that is lost comes back
+to be served elsewhere, unless it was in one that was lost before: then it may be what ends them.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 
 import msgspec
 
-from chimera.core.model import ModelSpec
 from chimera.core.placement import Seat
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
-from chimera.msg.actions import Abort, Action, Activate, Admit, Deactivate, Reject, RejectCode, Requeue, Route
+from chimera.msg.actions import (
+    Abort,
+    Action,
+    Activate,
+    Admit,
+    Deactivate,
+    Pause,
+    Preempt,
+    Reject,
+    RejectCode,
+    Requeue,
+    Resume,
+    Route,
+)
 from chimera.msg.events import (
     ActivationFailed,
     Event,
+    Outcome,
     ReplicaFound,
     ReplicaReady,
     ReplicaStopped,
     RequestArrived,
     RequestCancelled,
     RequestFinished,
+    RoomChanged,
     Woke,
     WorkerLost,
 )
-from chimera.sched.cost import CostTable, EngineCost
-from chimera.sched.queues import Queue, queue_named
+from chimera.sched.cost import CostTable
+from chimera.sched.tenant import Running, Tenant, TenantState
+from chimera.sched.turns import Turns, TurnsState
 
 GpuInput = Event | Activate | Deactivate | Route | Abort
 """What happened here, and what control wants done."""
 
-LATE_TURN = 8
-"""Of so many turns one is for a request that is late already, the oldest: n late ones are gone after n × 8 turns."""
-LEAST_DUTY = 0.3
-"""An engine may always spend this share of its time on prompts, whatever its decodes suffer."""
-AHEAD_S = 0.1
-"""So much prefill an engine may have before it beyond the prompt it is at."""
+MOST_LOSSES = 1
+"""A request that was in an engine at one loss more is not served again."""
 
 
 class Mint:
@@ -63,92 +72,12 @@ class Mint:
         return Epoch(self.agent_start, self.counter)
 
 
-class Tenant:
-    """A replica on this GPU: its present life, who waits for it, and whom it serves."""
-
-    __slots__ = (
-        "busy_until_s",
-        "context_tokens",
-        "cost",
-        "ending",
-        "epoch",
-        "final_tokens",
-        "load_s",
-        "model",
-        "queue",
-        "ready",
-        "running",
-        "seat",
-        "state",
-    )
-
-    def __init__(self, model: ModelSpec, seat: Seat, epoch: Epoch, local: str, costs: CostTable | None) -> None:
-        self.model = model
-        self.seat = seat
-        self.epoch = epoch
-        self.cost: EngineCost | None = None if costs is None or local == "fcfs" else costs.of(model)
-        """Empty when requests are handed on as soon as there are credits."""
-        self.busy_until_s = 0.0
-        """When the prompts that the engine was given should be through."""
-        self.state = ReplicaState.LOADING
-        self.ready: ReplicaReady | None = None
-        self.load_s: float | None = None
-        self.queue: Queue = queue_named(local, self.prefill_s)
-        self.running: dict[str, Request] = {}
-        self.context_tokens = 0
-        """Of the running, half through."""
-        self.final_tokens = 0
-        """Of the running, at their ends."""
-        self.ending: set[str] = set()
-        """Of the running, those the engine was told to stop; it holds them until it says that they have ended."""
-
-    def take(self, request: Request) -> None:
-        self.running[request.request_id] = request
-        self.context_tokens += request.prompt_tokens + request.max_tokens // 2
-        self.final_tokens += request.final_tokens
-
-    def give_back(self, request_id: str) -> None:
-        request = self.running.pop(request_id)
-        self.context_tokens -= request.prompt_tokens + request.max_tokens // 2
-        self.final_tokens -= request.final_tokens
-
-    def prefill_s(self, request: Request) -> float:
-        return 0.0 if self.cost is None else self.cost.prompt_s(request.prompt_tokens)
-
-    @property
-    def replica(self) -> ReplicaId:
-        return self.seat.replica
-
-    @property
-    def credits(self) -> int:
-        return self.ready.credits if self.ready else 0
-
-    @property
-    def free_credits(self) -> int:
-        return self.credits - len(self.running) if self.state is ReplicaState.SERVING else 0
-
-
-class TenantState(msgspec.Struct, frozen=True, kw_only=True):
-    model: ModelSpec
-    seat: Seat
-    epoch: Epoch
-    state: ReplicaState
-    ready: ReplicaReady | None
-    load_s: float | None
-    queued: tuple[Request, ...]
-    running: tuple[Request, ...]
-    ending: tuple[str, ...]
-    busy_until_s: float = 0.0
-
-
 class GpuState(msgspec.Struct, frozen=True, kw_only=True):
     """All that a `GpuScheduler` remembers."""
 
     gpu_id: int
     tenants: tuple[TenantState, ...] = ()
-    passed: int = 0
-    room_bytes: int = 0
-    wake_s: float | None = None
+    turns: TurnsState = TurnsState()
 
 
 class GpuScheduler:
@@ -157,14 +86,8 @@ class GpuScheduler:
     def __init__(self, gpu_id: int, mint: Mint, local: str = "fcfs", costs: CostTable | None = None) -> None:
         self.gpu_id = gpu_id
         self._mint = mint
-        self._local = local
-        self._costs = costs
-        self._room_bytes = 0
-        """For the caches of all tenants together, as the newest of them found it."""
-        self._wake_s: float | None = None
-        self._passed = 0
-        """Turns on this GPU since a late request had one."""
         self._tenants: dict[ReplicaId, Tenant] = {}
+        self._turns = Turns(self._tenants, local, costs)
         self._where: dict[str, ReplicaId] = {}
         """The replica whose queue or engine holds the request."""
 
@@ -183,7 +106,7 @@ class GpuScheduler:
             case Deactivate():
                 return self._deactivate(event)
             case ReplicaFound():
-                return self._found(event)
+                return self._found(event, now)
             case ReplicaReady():
                 return self._ready(event, now)
             case ReplicaStopped():
@@ -192,8 +115,11 @@ class GpuScheduler:
                 return self._not_activated(event)
             case WorkerLost():
                 return self._worker_lost(event)
+            case RoomChanged():
+                self._turns.room_told(event.kv_bytes)
+                return self._admit_all(now) if self._turns.paced else []
             case Woke():
-                return self._admit_all(now) if self._costs is not None and self._local != "fcfs" else []
+                return self._admit_all(now) if self._turns.paced else []
             case _:
                 return []
 
@@ -211,14 +137,38 @@ class GpuScheduler:
     @property
     def wake_s(self) -> float | None:
         """When some engine should be through its prompts and can be given more; `None` if no request waits for that."""
-        return self._wake_s
+        return self._turns.wake_s
+
+    def order_by(self, local: str, costs: CostTable | None, now: float) -> list[Action]:
+        """Requests go by another order, or by other costs, from now on."""
+        done: list[Action] = []
+        if local != self._turns.local:
+            done = [self._resume(tenant, "nobody has to wait for it any more") for tenant in self._turns.go_on(math.inf)]
+            self._turns.wake_s = None
+            for tenant in self.tenants():
+                tenant.order_by(local, costs)
+        self._turns.local, self._turns.costs = local, costs
+        for tenant in self.tenants():
+            done += self._admit(tenant, now)
+        return done
+
+    def slowdown(self, replica: ReplicaId) -> float:
+        """What the neighbours of a replica account for at the moment."""
+        return self._turns.slowdown(self._tenants[replica])
+
+    def reprice(self, model: str, costs: CostTable) -> None:
+        """What work costs is known better; those who wait for the model are measured anew."""
+        self._turns.costs = costs
+        for tenant in self.tenants():
+            if tenant.replica.model == model:
+                tenant.order_by(self._turns.local, costs)
 
     # Replicas.
 
     def _activate(self, order: Activate) -> list[Action]:
         tenant = self._tenants.get(order.seat.replica)
         if tenant is None:
-            tenant = Tenant(order.model, order.seat, self._mint.next(), self._local, self._costs)
+            tenant = Tenant(order.model, order.seat, self._mint.next(), self._turns.local, self._turns.costs)
             self._tenants[tenant.replica] = tenant
         elif tenant.state is ReplicaState.STOPPED:
             tenant.seat, tenant.epoch, tenant.state = order.seat, self._mint.next(), ReplicaState.LOADING
@@ -247,6 +197,7 @@ class GpuScheduler:
         tenant.state = ReplicaState.DRAINING
         return [
             *self._requeue_waiting(tenant, f"{tenant.replica} leaves GPU {self.gpu_id}: {reason}"),
+            *self._wake_up(tenant, "it leaves"),
             Deactivate(
                 replica=tenant.replica,
                 epoch=tenant.epoch,
@@ -260,17 +211,16 @@ class GpuScheduler:
         if tenant is None or tenant.state is not ReplicaState.LOADING:
             return []
         tenant.state, tenant.ready, tenant.load_s = ReplicaState.SERVING, event, event.load_s
-        held = sum(t.model.kv_bytes(t.final_tokens) for t in self.tenants())
-        self._room_bytes = tenant.model.kv_bytes(event.kv_tokens) + held
+        self._turns.came_up(tenant, event.kv_tokens)
         return self._admit(tenant, now)
 
-    def _found(self, event: ReplicaFound) -> list[Action]:
+    def _found(self, event: ReplicaFound, now: float) -> list[Action]:
         """It goes on with what it runs; what waited for it was lost with the agent."""
-        tenant = Tenant(event.model, event.seat, event.ready.epoch, self._local, self._costs)
+        tenant = Tenant(event.model, event.seat, event.ready.epoch, self._turns.local, self._turns.costs)
         tenant.state = ReplicaState.DRAINING if event.leaving else ReplicaState.SERVING
         tenant.ready, tenant.load_s = event.ready, event.ready.load_s
         for request in event.running:
-            tenant.take(request)
+            tenant.take(request, now)
             self._where[request.request_id] = tenant.replica
         self._tenants[tenant.replica] = tenant
         return []
@@ -283,8 +233,7 @@ class GpuScheduler:
         left = [_requeue(request, reason) for request in self._clear_engine(tenant)]
         waiting = self._requeue_waiting(tenant, reason)
         del self._tenants[tenant.replica]
-        if self._costs is not None:
-            self._room_bytes += self._costs.resident_bytes(tenant.model)
+        self._turns.left(tenant)
         return [*left, *waiting]
 
     def _not_activated(self, event: ActivationFailed) -> list[Action]:
@@ -305,21 +254,29 @@ class GpuScheduler:
         return [] if tenant is None else self._lost(tenant, f"the engine serving this request was lost: {event.reason}")
 
     def _lost(self, tenant: Tenant, reason: str) -> list[Action]:
-        """This life is over. What the engine held ends here, for its client may have seen tokens; what waits, waits on."""
+        """This life is over. What its engine held goes back to its front-ends; what waits, waits on."""
         left = self._clear_engine(tenant)
         if tenant.state is ReplicaState.DRAINING:
             del self._tenants[tenant.replica]
         tenant.state, tenant.ready = ReplicaState.STOPPED, None
-        return [
-            Reject(
-                request_id=request.request_id,
-                front=request.front,
-                code=RejectCode.WORKER_LOST,
-                retry_after_s=tenant.load_s,
-                reason=reason,
-            )
-            for request in left
-        ]
+        return [self._sent_back(request, tenant, reason) for request in left]
+
+    def _sent_back(self, request: Request, tenant: Tenant, reason: str) -> Requeue | Reject:
+        if request.losses < MOST_LOSSES:
+            return Requeue(request_id=request.request_id, front=request.front, reason=reason, fault=True, lost=True)
+        return Reject(
+            request_id=request.request_id,
+            front=request.front,
+            code=RejectCode.WORKER_LOST,
+            retry_after_s=tenant.load_s,
+            reason=f"{reason}; it is the {_nth(request.losses + 1)} engine lost with this request in it, which may be why",
+        )
+
+    def lose(self, replica: ReplicaId, reason: str) -> list[Action]:
+        """Like a lost worker, but no next life comes for those who wait."""
+        tenant = self._tenants[replica]
+        actions = self._lost(tenant, f"the engine serving this request was lost: {reason}")
+        return actions + self.evict(replica, reason) if self.knows(replica) else actions
 
     def _living(self, replica: ReplicaId, epoch: Epoch) -> Tenant | None:
         """The tenant, if `epoch` is its present life."""
@@ -367,7 +324,8 @@ class GpuScheduler:
             return []
         tenant.give_back(event.request_id)
         del self._where[event.request_id]
-        tenant.ending.discard(event.request_id)
+        if event.outcome in (Outcome.STOP, Outcome.LENGTH):
+            tenant.answered(event.output_tokens)
         return self._admit(tenant, now)
 
     def _enqueue(self, request: Request, tenant: Tenant) -> None:
@@ -376,45 +334,37 @@ class GpuScheduler:
 
     def _admit(self, tenant: Tenant, now: float) -> list[Action]:
         """Fills the free credits from the queues, as far as the engines can use them."""
-        if tenant.cost is None:
-            admitted: list[Action] = []
-            while tenant.free_credits > 0 and len(tenant.queue):
-                admitted.append(self._give(tenant, now))
-            return admitted
-        return self._admit_all(now)
+        if self._turns.paced:
+            return self._admit_all(now)
+        admitted: list[Action] = []
+        while tenant.free_credits > 0 and len(tenant.queue):
+            admitted.append(self._give(tenant, now))
+        return admitted
 
     def _admit_all(self, now: float) -> list[Action]:
-        """Whose turn it is among all that wait on this GPU: in time before late, by deadline; now and then the oldest late."""
-        self._wake_s = None
-        waiting = [t for t in self._tenants.values() if len(t.queue)]
-        done: list[Action] = [action for tenant in waiting for action in self._turn_away(tenant, now)]
-        while waiting:
-            waiting = [t for t in waiting if len(t.queue) and t.free_credits > 0]
-            if not waiting:
-                return done
-            moments = (moment_s for t in waiting if (moment_s := t.busy_until_s - AHEAD_S) > now)
-            self._wake_s = min(moments, default=None)
-            if self._passed >= LATE_TURN and any(t.queue.turn(now)[0] for t in waiting):
-                oldest = min(waiting, key=lambda t: (not t.queue.turn(now)[0], t.queue.turn(now)[1], t.replica))
-                if not self._may_take(oldest, now):
-                    return done  # the others have had their turns
-                self._passed = 0
-                done.append(self._give(oldest, now))
-                continue
-            order = sorted(waiting, key=lambda t: (*t.queue.turn(now), t.replica)) if len(waiting) > 1 else waiting
-            chosen = next((t for t in order if self._may_take(t, now)), None)
-            if chosen is None:
-                return done
-            self._passed += 1
-            done.append(self._give(chosen, now))
+        """Everyone whose turn it is, whoever makes way for others, and whoever has stood still for long enough."""
+        done: list[Action] = [self._resume(tenant, "its time to stand still is over") for tenant in self._turns.go_on(now)]
+        done += [action for tenant in self.tenants() if len(tenant.queue) for action in self._turn_away(tenant, now)]
+        while (tenant := self._turns.next(now)) is not None:
+            done += self._give_its_turn(tenant, now)
+        way = self._turns.make_way(now)
+        if way is not None:
+            done.append(self._preempt(*way))
+        self._turns.note_standing()
         return done
+
+    def _give_its_turn(self, tenant: Tenant, now: float) -> Iterator[Action]:
+        admitted = self._give(tenant, now)
+        request = tenant.running[admitted.request_id].request
+        for neighbour, for_s in self._turns.stand_still(tenant, request, now):
+            reason = f"{request.request_id} of {tenant.replica} would be late beside it, and it has no promise to keep"
+            yield Pause(replica=neighbour.replica, epoch=neighbour.epoch, for_s=for_s, reason=reason)
+        self._turns.gave(tenant, request, now)
+        yield admitted
 
     def _give(self, tenant: Tenant, now: float) -> Admit:
         request = tenant.queue.pop(now)
-        tenant.take(request)
-        if tenant.cost is not None:
-            seconds = tenant.prefill_s(request) * self._slowdown(tenant) / self._duty(tenant)
-            tenant.busy_until_s = max(now, tenant.busy_until_s) + seconds
+        tenant.take(request, now)
         return Admit(
             request_id=request.request_id,
             replica=tenant.replica,
@@ -423,50 +373,45 @@ class GpuScheduler:
             f"{tenant.credits} credits in use, {len(tenant.queue)} wait",
         )
 
-    def _turn_away(self, tenant: Tenant, now: float) -> list[Action]:
-        turned: list[Action] = []
-        for request in tenant.queue.hopeless(now):
+    def _preempt(self, tenant: Tenant, running: Running, urgent: Request) -> Preempt:
+        request = running.request
+        tenant.yielding.add(request.request_id)
+        why = "its own first token was late" if running.late else "nothing is promised to it"
+        return Preempt(
+            request_id=request.request_id,
+            replica=tenant.replica,
+            epoch=tenant.epoch,
+            reason=f"{urgent.request_id} of {urgent.model} would be late for want of its place, and {why}; "
+            f"it makes way for the {_nth(request.preempted + 1)} time",
+        )
+
+    def _resume(self, tenant: Tenant, reason: str) -> Resume:
+        return Resume(replica=tenant.replica, epoch=tenant.epoch, reason=reason)
+
+    def _wake_up(self, tenant: Tenant, reason: str) -> list[Action]:
+        if tenant.standing_until_s is None:
+            return []
+        tenant.standing_until_s = None
+        return [self._resume(tenant, reason)]
+
+    def _turn_away(self, tenant: Tenant, now: float) -> Iterator[Action]:
+        """Those of the strict that cannot be in time, with the moment from which one like them could be."""
+        begin_s = self._turns.begin_s(tenant, now)
+        for request in tenant.queue.hopeless(begin_s):
             tenant.queue.remove(request.request_id)
             del self._where[request.request_id]
-            reason = f"its first token cannot come within {request.slo.ttft_s} s any more; {len(tenant.queue)} wait"
-            code = RejectCode.SLO_UNATTAINABLE
-            turned.append(
-                Reject(request_id=request.request_id, front=request.front, code=code, retry_after_s=1.0, reason=reason)
+            seconds, promise_s = tenant.prefill_s(request), request.slo.ttft_s or 0.0
+            free_s = begin_s - now + tenant.queue.backlog_s()
+            reason = f"its first token cannot come within {promise_s:g} s: {len(tenant.queue)} wait for {tenant.replica}"
+            if seconds > promise_s:
+                reason = f"its prompt alone takes {seconds:.2f} s, and its first token is due within {promise_s:g} s"
+            yield Reject(
+                request_id=request.request_id,
+                front=request.front,
+                code=RejectCode.SLO_UNATTAINABLE,
+                retry_after_s=None if seconds > promise_s else max(seconds, free_s + seconds - promise_s),
+                reason=reason,
             )
-        return turned
-
-    def _slowdown(self, tenant: Tenant) -> float:
-        """How much longer the tenant's steps take beside the engines that run something here."""
-        if self._costs is None:
-            return 1.0
-        return self._costs.slowdown(1 + sum(bool(t.running) for t in self.tenants() if t is not tenant))
-
-    def _may_take(self, tenant: Tenant, now: float) -> bool:
-        """Whether the engine has use for one more request now, rather than soon."""
-        if tenant.cost is None or not any(t.running for t in self.tenants()):
-            return True
-        if tenant.running and tenant.busy_until_s > now + AHEAD_S:
-            return False
-        return self._local != "goodput" or self._has_room(tenant)
-
-    def _has_room(self, tenant: Tenant) -> bool:
-        """Whether the caches of all that run here leave room for one more like them; if not, its order is better kept here."""
-        limit_bytes = tenant.seat.kv_limit_bytes
-        count = len(tenant.running)
-        wanted_tokens = tenant.final_tokens * (count + 1) // max(1, count)
-        if limit_bytes is not None:
-            return tenant.model.kv_bytes(wanted_tokens) <= limit_bytes
-        held = sum(t.model.kv_bytes(t.final_tokens) for t in self.tenants() if t is not tenant)
-        return held + tenant.model.kv_bytes(wanted_tokens) <= self._room_bytes
-
-    def _duty(self, tenant: Tenant) -> float:
-        """The share of its time that the engine may spend on prompts, so that those it decodes keep their TPOT."""
-        promise_s = tenant.model.slo.tpot_s
-        if self._local != "goodput" or promise_s is None or tenant.cost is None or not tenant.running:
-            return 1.0
-        if self._slowdown(tenant) > 1:
-            return 1.0  # what neighbours spoil, fewer prompts do not mend
-        return max(LEAST_DUTY, 1 - tenant.cost.decode_s(len(tenant.running), tenant.context_tokens) / promise_s)
 
     def _requeue_waiting(self, tenant: Tenant, reason: str) -> list[Action]:
         waiting = list(tenant.queue)
@@ -477,56 +422,29 @@ class GpuScheduler:
 
     def _clear_engine(self, tenant: Tenant) -> list[Request]:
         """The engine holds nothing any more. Returns those of its requests that somebody still waits for."""
-        left = [request for request_id, request in tenant.running.items() if request_id not in tenant.ending]
-        for request_id in tenant.running:
-            del self._where[request_id]
+        left = [r.request for request_id, r in tenant.running.items() if request_id not in tenant.ending]
         for request_id in list(tenant.running):
+            del self._where[request_id]
             tenant.give_back(request_id)
-        tenant.ending.clear()
+        tenant.standing_until_s = None
+        tenant.busy_until_s = 0.0
         return left
 
     # Memory.
 
     def state(self) -> GpuState:
-        return GpuState(
-            gpu_id=self.gpu_id,
-            passed=self._passed,
-            room_bytes=self._room_bytes,
-            wake_s=self._wake_s,
-            tenants=tuple(
-                TenantState(
-                    model=t.model,
-                    seat=t.seat,
-                    epoch=t.epoch,
-                    state=t.state,
-                    ready=t.ready,
-                    load_s=t.load_s,
-                    queued=tuple(t.queue),
-                    running=tuple(t.running.values()),
-                    ending=tuple(sorted(t.ending)),
-                    busy_until_s=t.busy_until_s,
-                )
-                for t in self._tenants.values()
-            ),
-        )
+        tenants = tuple(tenant.memory() for tenant in self.tenants())
+        return GpuState(gpu_id=self.gpu_id, tenants=tenants, turns=self._turns.state())
 
     @classmethod
     def from_state(cls, state: GpuState, mint: Mint, local: str = "fcfs", costs: CostTable | None = None) -> GpuScheduler:
         scheduler = cls(state.gpu_id, mint, local, costs)
-        scheduler._passed = state.passed
-        scheduler._room_bytes = state.room_bytes
-        scheduler._wake_s = state.wake_s
+        scheduler._turns.revive(state.turns)
         for told in state.tenants:
-            tenant = Tenant(told.model, told.seat, told.epoch, local, costs)
-            tenant.busy_until_s = told.busy_until_s
-            tenant.state, tenant.ready, tenant.load_s = told.state, told.ready, told.load_s
-            for request in told.running:
-                tenant.take(request)
-            tenant.ending = set(told.ending)
+            tenant = Tenant.from_memory(told, local, costs)
             scheduler._tenants[tenant.replica] = tenant
-            scheduler._where.update(dict.fromkeys(tenant.running, tenant.replica))
-            for request in told.queued:
-                scheduler._enqueue(request, tenant)
+            held = [*tenant.running, *(request.request_id for request in tenant.queue)]
+            scheduler._where.update(dict.fromkeys(held, tenant.replica))
         return scheduler
 
     def check(self) -> None:
@@ -537,8 +455,9 @@ class GpuScheduler:
             found += held
             assert all(self._where.get(request_id) == replica for request_id in held), f"{replica} holds what is elsewhere"
             assert len(tenant.running) <= tenant.credits or not tenant.running, f"{replica} runs more than its credits"
-            assert tenant.ending <= tenant.running.keys(), f"{replica} ends what it does not run"
-            paced = tenant.cost is not None and any(t.running for t in self.tenants())
+            told = tenant.ending | tenant.yielding
+            assert told <= tenant.running.keys(), f"{replica} ends what it does not run"
+            paced = self._turns.paced and any(t.running for t in self.tenants())
             assert paced or not (tenant.free_credits > 0 and len(tenant.queue)), f"{replica} keeps a request from a free credit"
             assert not tenant.running or tenant.ready is not None, f"{replica} runs requests before it was ready"
             assert tenant.state is not ReplicaState.DRAINING or not len(tenant.queue), f"{replica} queues while it leaves"
@@ -548,6 +467,10 @@ class GpuScheduler:
 
 def _requeue(request: Request, reason: str) -> Requeue:
     return Requeue(request_id=request.request_id, front=request.front, reason=reason)
+
+
+def _nth(number: int) -> str:
+    return {1: "first", 2: "second", 3: "third"}.get(number, f"{number}th")
 
 
 def _gpus(seat: Seat) -> str:

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
-from chimera.core.replica import ReplicaId, ReplicaState
+from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
 from chimera.errors import ProtocolError
-from chimera.msg.actions import Abort, Action, Activate, Deactivate, Requeue, Route, WakeAt
+from chimera.msg.actions import Abort, Action, Activate, Deactivate, QueueBy, Requeue, Route, WakeAt
 from chimera.msg.events import (
     ActivationFailed,
+    GpuLost,
     PagesReturned,
     PagesWanted,
     ReplicaFound,
@@ -27,11 +28,18 @@ from chimera.msg.events import (
     RequestArrived,
     RequestCancelled,
     RequestFinished,
+    RoomChanged,
+    StepsTimed,
     Woke,
     WorkerLost,
 )
+from chimera.sched import refine
 from chimera.sched.cost import CostTable
-from chimera.sched.gpu import GpuInput, GpuScheduler, GpuState, Mint, Tenant, least_loaded
+from chimera.sched.gpu import GpuInput, GpuScheduler, GpuState, Mint, least_loaded
+from chimera.sched.queues import LOCAL_POLICIES
+from chimera.sched.tenant import Tenant
+
+NodeInput = GpuInput | QueueBy
 
 
 class NodeState(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,35 +52,46 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     local: str = "fcfs"
     costs: CostTable | None = None
     wake_s: float | None = None
+    lost: tuple[int, ...] = ()
+    learns: bool = False
 
 
 class NodeScheduler:
     """All GPU schedulers of one agent behind one door.
 
-    `local` says in which order requests go; what knows deadlines needs a cost table.
+    `local` says in which order requests go; what knows more than deadlines needs a cost table. One that `learns` corrects the
+    table by what it sees.
     """
 
     def __init__(
-        self, agent: str, agent_start: int, gpu_ids: Sequence[int], *, local: str = "fcfs", costs: CostTable | None = None
+        self,
+        agent: str,
+        agent_start: int,
+        gpu_ids: Sequence[int],
+        *,
+        local: str = "fcfs",
+        costs: CostTable | None = None,
+        learns: bool = False,
     ) -> None:
         self.agent = agent
         self._mint = Mint(agent_start)
         self._local = local
         self._costs = costs
+        self._learns = learns
         self._wake_s: float | None = None
+        self._lost: set[int] = set()
+        """GPUs that answer no more."""
         self._gpus = {gpu_id: GpuScheduler(gpu_id, self._mint, local, costs) for gpu_id in gpu_ids}
 
-    def on(self, event: GpuInput, now: float) -> list[Action]:
+    def on(self, event: NodeInput, now: float) -> list[Action]:
         actions = self._decide(event, now)
-        if self._local == "fcfs" or self._costs is None:
-            return actions
         soonest = min((gpu.wake_s for gpu in self._gpus.values() if gpu.wake_s is not None), default=None)
         if soonest is None or (self._wake_s is not None and now < self._wake_s <= soonest):
             return actions
         self._wake_s = soonest
         return [*actions, WakeAt(at_s=soonest, reason="an engine should be through its prompts")]
 
-    def _decide(self, event: GpuInput, now: float) -> list[Action]:
+    def _decide(self, event: NodeInput, now: float) -> list[Action]:
         match event:
             case Activate():
                 return self._activate(event, now)
@@ -84,13 +103,25 @@ class NodeScheduler:
                 return self._cancelled(event, now)
             case ReplicaFound():
                 return self._found(event, now)
+            case QueueBy():
+                return self._order_by(event.local, now)
+            case GpuLost():
+                return self._gpu_lost(event)
+            case RoomChanged():
+                return self._gpus[event.gpu_id].on(event, now) if event.gpu_id in self._gpus else []
             case Woke():
                 self._wake_s = None
                 return [action for gpu in self._gpus.values() for action in gpu.on(event, now)]
+            case StepsTimed():
+                self._learn_steps(event)
+                return []
+            case ReplicaReady():
+                self._learn_activation(event)
+                home = self._home(event.replica)
+                return [] if home is None else home.on(event, now)
             case (
                 Deactivate()
                 | RequestFinished()
-                | ReplicaReady()
                 | ReplicaStopped()
                 | ActivationFailed()
                 | WorkerLost()
@@ -118,6 +149,8 @@ class NodeScheduler:
         foreign = [gpu_id for gpu_id in order.seat.gpu_ids if gpu_id not in self._gpus]
         if foreign or not order.seat.gpu_ids:
             raise ProtocolError(f"{order.seat.replica} was sent to agent {self.agent}, which does not have GPUs {foreign}")
+        if self._lost.intersection(order.seat.gpu_ids):
+            return []  # Control hears of the loss, or has heard of it by now.
         target = self._gpus[order.seat.gpu_ids[0]]
         home = self._home(order.seat.replica)
         if home is None or home is target:
@@ -144,6 +177,46 @@ class NodeScheduler:
             return [Requeue(request_id=request.request_id, front=request.front, reason=reason)]
         return home.on(Route(request=request, replica=replica, agent=self.agent, reason=""), now)
 
+    def _order_by(self, local: str, now: float) -> list[Action]:
+        if local not in LOCAL_POLICIES:
+            raise ProtocolError(f"agent {self.agent} was told to queue by {local!r}; there are {', '.join(LOCAL_POLICIES)}")
+        self._local = local
+        return [action for gpu in self._gpus.values() for action in gpu.order_by(local, self._costs, now)]
+
+    def _gpu_lost(self, event: GpuLost) -> list[Action]:
+        """Whatever has a rank there is lost, wherever it is at home."""
+        if event.gpu_id not in self._gpus or event.gpu_id in self._lost:
+            return []
+        self._lost.add(event.gpu_id)
+        reason = f"GPU {event.gpu_id} is lost: {event.reason}"
+        actions: list[Action] = []
+        for gpu in self._gpus.values():
+            for tenant in [tenant for tenant in gpu.tenants() if event.gpu_id in tenant.seat.gpu_ids]:
+                actions += gpu.lose(tenant.replica, reason)
+        return actions
+
+    def _learn_steps(self, event: StepsTimed) -> None:
+        tenant = self._alive(event.replica, event.epoch)
+        home = self._home(event.replica)
+        if self._learns and self._costs is not None and tenant is not None and home is not None:
+            slowdown = home.slowdown(event.replica)
+            self._reprice(tenant.model.name, refine.after_steps(self._costs, tenant.model, event, slowdown))
+
+    def _learn_activation(self, event: ReplicaReady) -> None:
+        tenant = self._alive(event.replica, event.epoch)
+        loading = tenant is not None and tenant.state is ReplicaState.LOADING
+        if self._learns and self._costs is not None and tenant is not None and loading:
+            self._reprice(tenant.model.name, refine.after_activation(self._costs, tenant.model, event.load_s))
+
+    def _alive(self, replica: ReplicaId, epoch: Epoch) -> Tenant | None:
+        return next((t for t in self.tenants() if t.replica == replica and t.epoch == epoch), None)
+
+    def _reprice(self, model: str, costs: CostTable) -> None:
+        if costs is not self._costs:
+            self._costs = costs
+            for gpu in self._gpus.values():
+                gpu.reprice(model, costs)
+
     def _cancelled(self, event: RequestCancelled | Abort, now: float) -> list[Action]:
         return [action for gpu in self._gpus.values() for action in gpu.on(event, now)]
 
@@ -156,13 +229,16 @@ class NodeScheduler:
             local=self._local,
             costs=self._costs,
             wake_s=self._wake_s,
+            lost=tuple(sorted(self._lost)),
+            learns=self._learns,
         )
 
     @classmethod
     def from_state(cls, state: NodeState) -> NodeScheduler:
-        scheduler = cls(state.agent, state.agent_start, (), local=state.local, costs=state.costs)
+        scheduler = cls(state.agent, state.agent_start, (), local=state.local, costs=state.costs, learns=state.learns)
         mint = scheduler._mint = Mint(state.agent_start, state.counter)
         scheduler._wake_s = state.wake_s
+        scheduler._lost = set(state.lost)
         scheduler._gpus = {told.gpu_id: GpuScheduler.from_state(told, mint, state.local, state.costs) for told in state.gpus}
         return scheduler
 

@@ -29,8 +29,17 @@ class Queue(Protocol):
     def turn(self, now: float) -> tuple[bool, float]:
         """How soon it should have a turn, the least first: whether all its requests are late, and the most urgent moment."""
 
-    def hopeless(self, now: float) -> list[Request]:
-        """Those that cannot be in time any more and would rather hear so at once. They stay here until they are removed."""
+    def urgent(self, now: float) -> Request | None:
+        """Whose turn it is, if it was promised a first token in time and can still have it."""
+
+    def hopeless(self, begin_s: float) -> list[Request]:
+        """Those that would rather hear at once that they cannot be in time, if none begins before `begin_s`.
+
+        They stay here until they are removed.
+        """
+
+    def backlog_s(self) -> float:
+        """How long the prefills of those that wait would take, one after the other."""
 
     def __contains__(self, request_id: str) -> bool: ...
 
@@ -53,8 +62,14 @@ class Fcfs:
     def turn(self, now: float) -> tuple[bool, float]:
         return False, self._order[0][0]
 
-    def hopeless(self, now: float) -> list[Request]:
+    def urgent(self, now: float) -> Request | None:
+        return None
+
+    def hopeless(self, begin_s: float) -> list[Request]:
         return []
+
+    def backlog_s(self) -> float:
+        return 0.0
 
     def push(self, request: Request) -> None:
         entry = (request.arrived_s, self._pushed, request)
@@ -124,7 +139,7 @@ class Slack:
         entry = (self._key(request), self._pushed, request)
         self._pushed += 1
         self._seconds[request.request_id] = self._prefill_s(request)
-        self._strict += request.slo.reject_late
+        self._strict += is_strict(request)
         self._entries[request.request_id] = entry
         insort(self._order, entry)
 
@@ -135,7 +150,7 @@ class Slack:
         del self._order[bisect_left(self._order, entry)]
         del self._entries[entry[2].request_id]
         del self._seconds[entry[2].request_id]
-        self._strict -= entry[2].slo.reject_late
+        self._strict -= is_strict(entry[2])
         return entry[2]
 
     def remove(self, request_id: str) -> Request | None:
@@ -145,10 +160,20 @@ class Slack:
     def turn(self, now: float) -> tuple[bool, float]:
         return False, self._order[0][0]
 
-    def hopeless(self, now: float) -> list[Request]:
+    def urgent(self, now: float) -> Request | None:
+        start_s, _, first = self._order[0]
+        return first if start_s >= now and first.slo.ttft_s is not None else None
+
+    def hopeless(self, begin_s: float) -> list[Request]:
         if not self._strict:
             return []
-        return [request for start_s, _, request in self._order[:LOOKED_AT] if start_s < now and request.slo.reject_late]
+        return [r for _, _, r in self._order[:LOOKED_AT] if is_strict(r) and self._is_late(r, begin_s)]
+
+    def _is_late(self, request: Request, begin_s: float) -> bool:
+        return begin_s + self._seconds[request.request_id] > deadline_s(request)
+
+    def backlog_s(self) -> float:
+        return sum(self._seconds[request.request_id] for _, _, request in self._order[:LOOKED_AT])
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._entries
@@ -163,8 +188,8 @@ class Slack:
 class MooreHodgson(Slack):
     """The most requests in time: Moore and Hodgson's rule over the earliest deadlines (the paper's Algorithm 2).
 
-    Requests are taken in order of deadline; whenever one would be late, the longest of those taken is put off. Who is put off
-    waits until nobody can be in time; when nobody can be, the oldest goes.
+    Requests are taken in order of deadline; whenever one would be late, the longest of those of the lowest priority that were
+    taken is put off. Who is put off waits until nobody can be in time; when nobody can be, the oldest goes.
     """
 
     __slots__ = ()
@@ -175,6 +200,10 @@ class MooreHodgson(Slack):
     def pop(self, now: float) -> Request:
         return self._take(self._first_in_time(now) or self._oldest())
 
+    def urgent(self, now: float) -> Request | None:
+        entry = self._first_in_time(now)
+        return entry[2] if entry is not None and entry[2].slo.ttft_s is not None else None
+
     def turn(self, now: float) -> tuple[bool, float]:
         start = bisect_left(self._order, now, key=_due)
         return (False, self._order[start][0]) if start < len(self._order) else (True, self._oldest()[2].arrived_s)
@@ -184,11 +213,25 @@ class MooreHodgson(Slack):
         return min(self._order[:LOOKED_AT], key=lambda entry: (entry[2].arrived_s, entry[1]))
 
     def _first_in_time(self, now: float) -> Entry | None:
+        window, put_off = self._weigh(now)
+        return next((entry for position, entry in enumerate(window) if position not in put_off), None)
+
+    def hopeless(self, begin_s: float) -> list[Request]:
+        """Those that are late whatever happens, and those that are put off for others."""
+        if not self._strict:
+            return []
+        window, put_off = self._weigh(begin_s)
+        late = self._order[: min(LOOKED_AT, bisect_left(self._order, begin_s, key=_due))]
+        found = [*late, *(window[position] for position in sorted(put_off))]
+        return [request for _, _, request in found if is_strict(request)]
+
+    def _weigh(self, now: float) -> tuple[list[Entry], set[int]]:
+        """The earliest deadlines that can be met, and which of them are put off."""
         # Entries that are late whatever happens are passed over before any is weighed.
         start = bisect_left(self._order, now, key=_due)
         window = self._order[start : start + LOOKED_AT]
         clock_s = now
-        taken: list[tuple[float, int]] = []
+        taken: list[tuple[int, float, int]] = []
         dropped: set[int] = set()
         seconds_of = self._seconds
         for position, entry in enumerate(window):
@@ -196,30 +239,45 @@ class MooreHodgson(Slack):
             clock_s += seconds
             if clock_s <= entry[0]:
                 if dropped:
-                    heappush(taken, (-seconds, position))
+                    heappush(taken, (entry[2].priority, -seconds, position))
                 else:
-                    taken.append((-seconds, position))
+                    taken.append((entry[2].priority, -seconds, position))
                 continue
             if not dropped:
                 heapify(taken)
-            longest_s, longest = heappushpop(taken, (-seconds, position))
+            _, longest_s, longest = heappushpop(taken, (entry[2].priority, -seconds, position))
             clock_s += longest_s
             dropped.add(longest)
-        return next((entry for position, entry in enumerate(window) if position not in dropped), None)
-
-    def hopeless(self, now: float) -> list[Request]:
-        if not self._strict:
-            return []
-        return [r for due_s, _, r in self._order[:LOOKED_AT] if r.slo.reject_late and due_s < now + self._prefill_s(r)]
+        return window, dropped
 
 
 def deadline_s(request: Request) -> float:
-    """When the first token is due. A request that was requeued with tokens keeps its first deadline."""
-    promise_s = request.slo.ttft_s
-    return request.arrived_s + (NO_PROMISE_S if promise_s is None else promise_s)
+    """When its next token is due: the first, or the one after those that its client has."""
+    slo = request.slo
+    first_s = NO_PROMISE_S if slo.ttft_s is None else slo.ttft_s
+    return request.arrived_s + first_s + request.emitted_tokens * (slo.tpot_s or 0.0)
+
+
+def is_strict(request: Request) -> bool:
+    """Whether it is turned away rather than late. Not one that was taken on before: that is served to its end."""
+    return request.slo.reject_late and not request.tries
 
 
 LOCAL_POLICIES = ("fcfs", "slack", "moore-hodgson", "goodput")
+BY_POLICY = "by-policy"
+"""In place of a name: the order that the global policy is known with."""
+_KNOWN_WITH = {
+    "static": "fcfs",
+    "time-sharing": "slack",
+    "space-sharing": "fcfs",
+    "simple-global": "slack",
+    "flexible": "goodput",
+}
+
+
+def local_of(policy: str) -> str:
+    """The order that a global policy is known with: Prism's have the paper's, ours has ours."""
+    return _KNOWN_WITH.get(policy, "moore-hodgson")
 
 
 def queue_named(name: str, prefill_s: Prefill) -> Queue:

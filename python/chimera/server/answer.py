@@ -70,12 +70,15 @@ class Answer:
         "emitted",
         "ended_s",
         "error",
+        "faults",
         "finish",
         "first_token_s",
         "index",
         "logprobs",
+        "losses",
         "model",
         "newest_token_s",
+        "preempted",
         "prompt_ids",
         "request_id",
         "source",
@@ -114,6 +117,10 @@ class Answer:
         self.newest_token_s: float | None = None
         self.ended_s: float | None = None
         self.tries = 0
+        self.faults = 0
+        """Tries that ended because something broke, or came to nothing."""
+        self.losses = 0
+        self.preempted = 0
         self.source: object | None = None
         """The connection its tokens come by, from the first on; tokens from anywhere else are not for it."""
         self._detokenizer = detokenizer
@@ -151,6 +158,8 @@ class Answer:
             priority=self.terms.priority,
             emitted_tokens=len(self.emitted),
             tries=self.tries,
+            losses=self.losses,
+            preempted=self.preempted,
         )
         payload = Payload(
             input_ids=prompt_ids,

@@ -32,7 +32,9 @@ class Patience(msgspec.Struct, frozen=True, kw_only=True):
     worker_s: float = 1.0
     """After a worker is gone: for control to say what becomes of its requests."""
     tries: int = 3
-    """How often a request is sent again when a worker gives it back."""
+    """How often a request is sent again after something broke, or after a worker gave it back without a token more."""
+    moves: int = 64
+    """How often it is sent again at all: those that are moved about by plan go on where they were."""
 
 
 class Desk:
@@ -111,7 +113,8 @@ class Desk:
         if answer is None:
             return
         if isinstance(message, Requeue):
-            self._send_again(answer, message.reason)
+            answer.losses += message.lost
+            self._send_again(answer, message.reason, fault=message.fault)
         else:
             wait_s, position = message.retry_after_s, message.queue_position
             self._fail(answer, RequestError(message.code, message.reason, retry_after_s=wait_s, queue_position=position))
@@ -157,7 +160,9 @@ class Desk:
             if answer is None or answer.source not in (None, worker):
                 return
             if message.requeue:
-                self._send_again(answer, message.message)
+                preempted = message.code == "preempted"
+                answer.preempted += preempted
+                self._send_again(answer, message.message, fault=answer.source is None and not preempted)
             else:
                 self._fail(answer, RequestError(message.code, message.message, retry_after_s=message.retry_after_s))
 
@@ -177,16 +182,17 @@ class Desk:
         for answer in [answer for answer in self._open.values() if answer.source is worker]:
             self._fail(answer, RequestError("worker_lost", "the engine that was answering this request was lost"))
 
-    def _send_again(self, answer: Answer, reason: str) -> None:
+    def _send_again(self, answer: Answer, reason: str, *, fault: bool) -> None:
         """With what was shown as part of the prompt: the answer goes on where it was."""
         self._remove(answer)
         if answer.remaining_tokens <= 0:
             answer.end(Outcome.LENGTH)
-        elif answer.tries >= self._patience.tries:
+        elif answer.tries >= self._patience.moves or (fault and answer.faults >= self._patience.tries):
             told = f"given up after {answer.tries + 1} tries; the last one ended because: {reason}"
             answer.fail(RequestError("service_unavailable", told, retry_after_s=answer.age_s))
         else:
             answer.tries += 1
+            answer.faults += fault
             answer.source = None
             _log.info("requeue request=%s tokens=%d reason=%r", answer.attempt_id, len(answer.emitted), reason)
             self.submit(answer)

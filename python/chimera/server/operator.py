@@ -14,7 +14,7 @@ import msgspec
 from aiohttp import web
 
 from chimera.core.replica import ReplicaId, ReplicaState
-from chimera.core.snapshot import POLICY_NAMES, ReplicaView
+from chimera.core.snapshot import LOCAL_NAMES, POLICY_NAMES, ReplicaView, Snapshot
 from chimera.errors import RequestError
 from chimera.msg.actions import Reject
 from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, UnloadWanted
@@ -58,7 +58,10 @@ class PinOrder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PolicyOrder(msgspec.Struct, frozen=True, kw_only=True):
-    policy: str
+    policy: str | None = None
+    """Who decides what runs where; if it is left out, whoever does."""
+    local: str | None = None
+    """In which order requests go."""
 
 
 class Activation(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,8 +122,11 @@ class Pinned(msgspec.Struct, frozen=True, kw_only=True):
 
 class PolicyTold(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     policy: str
+    local: str
+    """In which order requests go."""
     policies: tuple[str, ...] = ()
     """All there are."""
+    locals: tuple[str, ...] = ()
 
 
 class Removed(msgspec.Struct, frozen=True, kw_only=True):
@@ -270,18 +276,21 @@ class Operator:
 
     async def _policy(self, http: web.Request) -> web.Response:
         snapshot = await self._relay.snapshot()
-        return json_response(PolicyTold(policy=snapshot.policy, policies=tuple(POLICY_NAMES)))
+        return json_response(_order(snapshot, policies=POLICY_NAMES, locals=LOCAL_NAMES))
 
     async def _choose_policy(self, order: PolicyOrder) -> web.Response:
         """From now on; what runs goes on meanwhile. The answer is what control says it goes by."""
-        if order.policy not in POLICY_NAMES:
-            known = ", ".join(POLICY_NAMES)
-            raise RequestError("bad_request", f"there is no policy {order.policy!r}; there are {known}", param="policy")
-        self._relay.order(PolicyChosen(policy=order.policy))
+        for field, name, known in (("policy", order.policy, POLICY_NAMES), ("local", order.local, LOCAL_NAMES)):
+            if name is not None and name not in known:
+                told = f"there is no {field} {name!r}; there are {', '.join(known)}"
+                raise RequestError("bad_request", told, param=field)
+        if order.policy is None and order.local is None:
+            raise RequestError("bad_request", "name a policy, a local order, or both", param="policy")
+        self._relay.order(PolicyChosen(policy=order.policy, local=order.local))
         snapshot = await self._relay.snapshot()
-        if snapshot.policy != order.policy:
+        if order.policy not in (None, snapshot.policy):
             raise RequestError("bad_request", f"the server was started without the cost table that {order.policy} needs")
-        return json_response(PolicyTold(policy=snapshot.policy))
+        return json_response(_order(snapshot))
 
     async def _remove(self, http: web.Request) -> web.Response:
         """The model is known no longer; what runs of it drains."""
@@ -377,6 +386,10 @@ def _state(replica: ReplicaId, state: ReplicaState, reason: str, **more: Any) ->
 def _told(news: ReplicaNews) -> ReplicaTold:
     more = {"gpu_ids": news.gpu_ids, "at_s": news.at_s, "load_s": news.load_s, "failed": news.failed}
     return _state(news.replica, news.state, news.reason, **more)
+
+
+def _order(snapshot: Snapshot, **known: tuple[str, ...]) -> PolicyTold:
+    return PolicyTold(policy=snapshot.policy, local=snapshot.local, **known)
 
 
 def _event(told: ReplicaTold) -> bytes:

@@ -21,8 +21,7 @@ from chimera.core.request import Request
 from chimera.msg import actions, events
 from chimera.sched.control import ControlInput, ControlScheduler, Limits
 from chimera.sched.cost import CostTable
-from chimera.sched.gpu import GpuInput
-from chimera.sched.node import NodeScheduler
+from chimera.sched.node import NodeInput, NodeScheduler
 from chimera.sched.policies.policy import WarmRules
 from chimera.sim import engine as engines
 from chimera.sim.chronicle import Chronicle, Span
@@ -93,14 +92,18 @@ class Cluster:
         self.stories: list[Story] = []
         self.switches: list[Switch] = []
         self.requeues = 0
+        self.preemptions = 0
+        self.pauses = 0
         self.costs = costs
         self.models = {model.name: model for model in models}
-        self.control = ControlScheduler(filed, limits, policy=policy, costs=costs, warm=warm)
+        self.control = ControlScheduler(filed, limits, policy=policy, local=local, costs=costs, warm=warm)
         self._open: dict[str, _Open] = {}
-        self._mail: deque[tuple[_Agent | None, ControlInput | GpuInput]] = deque()
+        self._mail: deque[tuple[_Agent | None, ControlInput | NodeInput]] = deque()
         self._reading = False
         self._control_wake_s: float | None = None
         self._sent = 0
+        self._made: dict[str, int] = {}
+        """Tokens that lost engines had made, by request, until their front-end is asked to bring it again."""
         self.agents = self._make_agents(gpus, local)
         self.gpus = {gpu_id: paper for agent in self.agents.values() for gpu_id, paper in agent.paper.items()}
         for model in models:
@@ -164,7 +167,7 @@ class Cluster:
             )
         )
 
-    def _again(self, request_id: str, emitted: int) -> None:
+    def _again(self, request_id: str, emitted: int, *, lost: bool = False, preempted: bool = False) -> None:
         """Brings a request again, with the tokens that its client has."""
         opened = self._open.pop(request_id, None)
         if opened is None:
@@ -172,6 +175,10 @@ class Cluster:
         self.requeues += 1
         opened.tries += 1
         before = opened.request
+        if emitted >= before.max_tokens:  # it went with its last token
+            self._open[request_id] = opened
+            self._close(request_id, last_token_s=self.clock.now)
+            return
         opened.request = msgspec.structs.replace(
             before,
             request_id=f"{request_id.partition('.')[0]}.{opened.tries}",
@@ -179,6 +186,8 @@ class Cluster:
             max_tokens=before.max_tokens - emitted,
             emitted_tokens=before.emitted_tokens + emitted,
             tries=opened.tries,
+            losses=before.losses + lost,
+            preempted=before.preempted + preempted,
         )
         self._open[opened.request.request_id] = opened
         self.tell(None, events.RequestArrived(request=opened.request))
@@ -190,7 +199,7 @@ class Cluster:
 
     # Messages.
 
-    def tell(self, whom: _Agent | None, message: ControlInput | GpuInput) -> None:
+    def tell(self, whom: _Agent | None, message: ControlInput | NodeInput) -> None:
         """To an agent, or to control."""
         self._mail.append((whom, message))
         if self._reading:
@@ -211,7 +220,7 @@ class Cluster:
             self._witness(message, decided, self.clock.now)
         for action in decided:
             match action:
-                case actions.Route():
+                case actions.Route() | actions.QueueBy():
                     self._mail.append((self.agents[action.agent], action))
                 case actions.Activate() | actions.Deactivate() | actions.Abort():
                     name = self.control.agent_of(action)
@@ -220,7 +229,8 @@ class Cluster:
                 case actions.Reject():
                     self._rejected(action)
                 case actions.Requeue():
-                    self._again(action.request_id, 0)
+                    # An engine that was lost has told its front-ends of every token that it made.
+                    self._again(action.request_id, self._made.pop(action.request_id, 0), lost=action.lost)
                 case actions.WakeAt():
                     self._control_wake_s = action.at_s
                     self.clock.at(action.at_s, self._wake_control)
@@ -233,11 +243,12 @@ class Cluster:
             self.tell(None, events.Woke())
 
     def _rejected(self, reject: actions.Reject) -> None:
+        self._made.pop(reject.request_id, None)
         if reject.request_id in self._open:
             self.chronicle.note(self.clock.now, "reject", request=reject.request_id, reason=reject.reason)
             self._close(reject.request_id, refusal=str(reject.code))
 
-    def _agent_hears(self, agent: _Agent, message: GpuInput) -> None:
+    def _agent_hears(self, agent: _Agent, message: NodeInput) -> None:
         for action in agent.node.on(message, self.clock.now):
             match action:
                 case actions.Admit():
@@ -259,6 +270,10 @@ class Cluster:
                     engine = agent.engines.get(action.replica)
                     if engine is not None:
                         engine.abort(action.request_id)
+                case actions.Preempt() | actions.Pause() | actions.Resume():
+                    engine = agent.engines.get(action.replica)
+                    if engine is not None and engine.epoch == action.epoch:
+                        self._interfere(engine, action)
                 case actions.Reject() | actions.Requeue():
                     self._mail.append((None, action))
                 case actions.WakeAt():
@@ -288,6 +303,17 @@ class Cluster:
             self._report_end(engine, opened.request, events.Outcome.FAILED)
             return
         engine.submit(opened.request)
+
+    def _interfere(self, engine: SimEngine, action: actions.Preempt | actions.Pause | actions.Resume) -> None:
+        match action:
+            case actions.Preempt():
+                self.preemptions += 1
+                engine.give_back(action.request_id)
+            case actions.Pause():
+                self.pauses += 1
+                engine.pause()
+            case actions.Resume():
+                engine.resume()
 
     def _activate(self, agent: _Agent, order: actions.Activate) -> None:
         assert order.epoch is not None
@@ -363,10 +389,10 @@ class Cluster:
             self._close(request.request_id, last_token_s=self.clock.now)
         self._report_end(engine, request, events.Outcome.LENGTH)
 
-    def sequence_left(self, engine: SimEngine, sequence: engines.Sequence, *, aborted: bool) -> None:
+    def sequence_left(self, engine: SimEngine, sequence: engines.Sequence, *, aborted: bool, preempted: bool = False) -> None:
         request = sequence.request
         if not aborted:
-            self._again(request.request_id, engine.emitted(sequence))
+            self._again(request.request_id, engine.emitted(sequence), preempted=preempted)
         self._report_end(engine, request, events.Outcome.CANCELLED if aborted else events.Outcome.REQUEUED)
 
     def _gone(self, engine: SimEngine, what: str) -> None:
@@ -387,18 +413,26 @@ class Cluster:
     # What goes wrong.
 
     def lose_worker(self, replica: ReplicaId, reason: str = "killed") -> None:
-        """The worker of a replica dies, with all that it holds; what it was serving is lost to its clients."""
+        """The worker of a replica dies, with all that it holds; front-ends have the tokens that it made."""
         for agent in self.agents.values():
             engine = agent.engines.get(replica)
             if engine is not None:
                 self._gone(engine, "lost")
+                self._made.update(engine.made())
                 engine.die()
                 lost = events.WorkerLost(worker=str(replica), reason=reason, replica=replica, epoch=engine.epoch)
                 self._report(engine, lost)
 
-    def lose_gpu(self, gpu_id: int) -> None:
+    def lose_gpu(self, gpu_id: int, reason: str = "it answers no more") -> None:
+        """The device is gone for good, and whatever had a rank on it."""
+        agent = next(agent for agent in self.agents.values() if gpu_id in agent.paper)
         for engine in list(self.gpus[gpu_id].engines):
-            self.lose_worker(engine.seat.replica, f"GPU {gpu_id} has failed")
+            self._gone(engine, "lost")
+            self._made.update(engine.made())
+            engine.die()
+        lost = events.GpuLost(gpu_id=gpu_id, reason=reason)
+        self._mail.append((agent, lost))  # control hears of it before clients come again
+        self.tell(None, lost)
 
     def choose_policy(self, policy: str) -> None:
         self.chronicle.note(self.clock.now, "policy", reason=policy)

@@ -32,7 +32,7 @@ class Listener(Protocol):
 
     def sequence_ended(self, engine: SimEngine, sequence: Sequence) -> None: ...
 
-    def sequence_left(self, engine: SimEngine, sequence: Sequence, *, aborted: bool) -> None: ...
+    def sequence_left(self, engine: SimEngine, sequence: Sequence, *, aborted: bool, preempted: bool = False) -> None: ...
 
 
 class Sequence:
@@ -81,6 +81,7 @@ class SimEngine:
         """When it was told to come up."""
         self.ready_s = 0.0
         self.tokens_made = 0
+        self._paused = False
         self._node_gpus = node_gpus
         self._clock = clock
         self._listener = listener
@@ -197,6 +198,32 @@ class SimEngine:
         self._listener.sequence_left(self, sequence, aborted=True)
         self._next()
 
+    def give_back(self, request_id: str) -> None:
+        """It makes way for another, with the tokens it has."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return
+        self._settle()
+        self._remove(sequence)
+        self._listener.sequence_left(self, sequence, aborted=False, preempted=True)
+        self._next()
+
+    def pause(self) -> None:
+        """Take no step after the one that is being made."""
+        self._paused = True
+        if self._doing is Doing.DECODE:
+            self._cut_leap()
+
+    def resume(self) -> None:
+        self._paused = False
+        if self._doing is Doing.NOTHING and self.serving and not self.dead:
+            self._next()
+
+    def made(self) -> dict[str, int]:
+        """The tokens made so far, by request."""
+        self._settle()
+        return {sequence.request.request_id: self.emitted(sequence) for sequence in self._sequences.values()}
+
     def emitted(self, sequence: Sequence) -> int:
         """Tokens of the answer that it has made so far."""
         if sequence.last_step < 0:
@@ -271,6 +298,9 @@ class SimEngine:
     def _next(self) -> None:
         """What the engine does now. Called between two steps only."""
         self._plan += 1
+        if self._paused:
+            self._stand_still()
+            return
         batch = self._prefill_batch()
         now = self._clock.now
         if batch:

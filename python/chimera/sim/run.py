@@ -14,6 +14,7 @@ from chimera.sched.control import Limits
 from chimera.sched.cost import CostTable
 from chimera.sched.policies import policy_named
 from chimera.sched.policies.policy import WarmRules
+from chimera.sched.queues import local_of
 from chimera.sim.chronicle import Chronicle
 from chimera.sim.cluster import Cluster, Witness
 from chimera.sim.placing import evenly, require_fitting
@@ -23,8 +24,6 @@ WARM_UP_S = 60.0
 """The system comes up before the first request is sent."""
 COOL_DOWN_S = 300.0
 """So long after the last request an answer still counts."""
-LOCAL_BY_POLICY = {"static": "fcfs", "time-sharing": "slack", "space-sharing": "fcfs", "simple-global": "slack"}
-"""The queue order that each policy is known with; the others have the paper's, ours has ours."""
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,9 +40,7 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def local_policy(self) -> str:
-        if self.local is not None:
-            return self.local
-        return "goodput" if self.policy == "flexible" else LOCAL_BY_POLICY.get(self.policy, "moore-hodgson")
+        return local_of(self.policy) if self.local is None else self.local
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ Message = (
     | events.RequestFinished
     | events.AgentJoined
     | events.AgentLost
+    | events.ReplicaFound
     | events.ReplicaReady
     | events.ReplicaStopped
     | events.ActivationFailed
@@ -34,6 +35,9 @@ Message = (
     | events.LoadWanted
     | events.UnloadWanted
     | events.GpuSampled
+    | events.GpuLost
+    | events.RoomChanged
+    | events.StepsTimed
     | events.Woke
     | actions.Activate
     | actions.Deactivate
@@ -43,6 +47,8 @@ Message = (
     | actions.Recall
     | actions.Route
     | actions.Admit
+    | actions.Preempt
+    | actions.QueueBy
     | actions.Abort
     | actions.Requeue
     | actions.Reject

@@ -6,6 +6,7 @@ a draining one leaves when its last request is done or its time is up; whatever 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 
@@ -50,7 +51,7 @@ class Life:
         self._ties = ties
         self._lease = lease
         self._open: dict[str, _Open] = {}
-        self._paused = False
+        self._paused_until_s: float | None = None
         self._kept: list[Order] = []
         self._leave_by_s: float | None = None
         self._told = Stats()
@@ -67,16 +68,23 @@ class Life:
             self._heartbeat(falling_idle=patience_s is None)
             self._report_lease(falling_idle=patience_s is None)
             self._kept += [order for message in self._ties.receive(patience_s) if (order := self._order(message)) is not None]
-            orders = self._due_orders()
-            if orders or (wait_s is not None and not self._paused and self._leave_by_s is None):
+            paused = self._is_paused()
+            orders = self._due_orders(paused)
+            if orders or (wait_s is not None and not paused and self._leave_by_s is None):
                 return orders
-            if self._open and not self._paused:  # draining: the engine still has steps to take
+            if self._open and not paused:  # draining: the engine still has steps to take
                 return orders
 
-    def _due_orders(self) -> list[Order]:
+    def _is_paused(self) -> bool:
+        """It goes on by itself when its time is over: who paused it may be gone."""
+        if self._paused_until_s is not None and self._paused_until_s <= time.monotonic():
+            self._paused_until_s = None
+        return self._paused_until_s is not None
+
+    def _due_orders(self, paused: bool) -> list[Order]:
         """What the engine may hear of now: with an order it takes a step, so a paused one hears of nothing but its limit."""
-        due = [order for order in self._kept if not self._paused or isinstance(order, Limit)]
-        self._kept = [order for order in self._kept if self._paused and not isinstance(order, Limit)]
+        due = [order for order in self._kept if not paused or isinstance(order, Limit)]
+        self._kept = [order for order in self._kept if paused and not isinstance(order, Limit)]
         return due
 
     def deliver(self, deltas: list[TokenDelta]) -> None:
@@ -102,10 +110,10 @@ class Life:
             self._ties.tell_front(request.front, stream.Failed(request_id=request_id, code=code, message=message))
             self._finish(request_id, Outcome.FAILED)
 
-    def give_back(self, request_id: str, reason: str) -> None:
+    def give_back(self, request_id: str, reason: str, code: str = "requeue") -> None:
         request = self._open.get(request_id)
         if request is not None:
-            self._ties.tell_front(request.front, _requeue(request_id, reason))
+            self._ties.tell_front(request.front, _requeue(request_id, reason, code))
             self._finish(request_id, Outcome.REQUEUED)
 
     def _call_off(self, front: str) -> None:
@@ -139,10 +147,13 @@ class Life:
             case actions.Deactivate(epoch=self.epoch, drain_s=drain_s, reason=reason):
                 self._leave_by_s = time.monotonic() + drain_s
                 self.stop_reason = reason
-            case actions.Pause(epoch=self.epoch):
-                self._paused = True
+            case actions.Preempt(epoch=self.epoch, request_id=request_id, reason=reason) if request_id in self._open:
+                self.give_back(request_id, reason, code="preempted")
+                return Withdrawal(request_id)
+            case actions.Pause(epoch=self.epoch, for_s=for_s):
+                self._paused_until_s = math.inf if for_s is None else time.monotonic() + for_s
             case actions.Resume(epoch=self.epoch):
-                self._paused = False
+                self._paused_until_s = None
             case actions.Grant(epoch=self.epoch) | actions.Recall(epoch=self.epoch) if self._lease is not None:
                 return self._lease.obey(message, time.monotonic())
             case stream.Stop(drain_s=drain_s):
@@ -186,13 +197,13 @@ class Life:
             self._finish(request_id, Outcome.REQUEUED)
 
     def _patience_s(self, wait_s: float | None) -> float | None:
-        """How long `receive` may wait: as asked, without end while paused, never past the time to leave."""
-        if self._paused:
-            wait_s = None
-        if self._leave_by_s is None:
-            return wait_s
-        left_s = max(0.0, self._leave_by_s - time.monotonic())
-        return left_s if wait_s is None else min(wait_s, left_s)
+        """How long `receive` may wait: as asked, or while it is paused; never past the time to leave."""
+        until_s = math.inf if wait_s is None else time.monotonic() + wait_s
+        if self._paused_until_s is not None:
+            until_s = self._paused_until_s
+        if self._leave_by_s is not None:
+            until_s = min(until_s, self._leave_by_s)
+        return None if math.isinf(until_s) else max(0.0, until_s - time.monotonic())
 
     def _report_lease(self, *, falling_idle: bool) -> None:
         now = time.monotonic()
@@ -225,5 +236,5 @@ class Life:
         )
 
 
-def _requeue(request_id: str, message: str) -> stream.Failed:
-    return stream.Failed(request_id=request_id, code="requeue", message=message, requeue=True)
+def _requeue(request_id: str, message: str, code: str = "requeue") -> stream.Failed:
+    return stream.Failed(request_id=request_id, code=code, message=message, requeue=True)
