@@ -95,6 +95,13 @@ async def measure(arguments: argparse.Namespace) -> int:
     key = client_key()
     url = arguments.base_url or f"http://{arguments.host}:{arguments.port}"
     target = Target(url, {} if key is None else {"Authorization": f"Bearer {key}"})
+    try:
+        return await replay(arguments, target)
+    finally:
+        target.close()
+
+
+async def replay(arguments: argparse.Namespace, target: Target) -> int:
     known = await known_models(target)
     if arguments.policy in POLICY_NAMES:
         await choose_policy(target, arguments.policy)

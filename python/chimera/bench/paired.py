@@ -13,7 +13,7 @@ from chimera.core.metrics import Story, percentile
 
 BLOCKS = 24
 """Of equal length in time, at least."""
-DRAWS = 2000
+DRAWS = 1000
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,17 +88,17 @@ _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"sweep": _swee
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    async def work() -> int:
-        ready = await _campaign(arguments)
+    async def work(reach: Reach) -> int:
+        ready = await _campaign(arguments, reach)
         found = await ready.run(Arm(arguments.name or "run", ready.target))
         return _tell(found, arguments)
 
-    return _run(work())
+    return _run(work)
 
 
 def _sweep(arguments: argparse.Namespace) -> int:
-    async def work() -> int:
-        ready = await _campaign(arguments)
+    async def work(reach: Reach) -> int:
+        ready = await _campaign(arguments, reach)
         found = await campaign.sweep(
             ready,
             remade=lambda scale: workload.workload(_with(arguments, rate_scale=scale), ready.known),
@@ -115,31 +116,31 @@ def _sweep(arguments: argparse.Namespace) -> int:
         print(f"rate at {arguments.attain:g} % {arguments.promise}: {highest.scale:.2f} × = {highest.rate:.2f} requests/s")
         return 0
 
-    return _run(work())
+    return _run(work)
 
 
 def _compare(arguments: argparse.Namespace) -> int:
-    async def work() -> int:
-        ready = await _campaign(arguments)
+    async def work(reach: Reach) -> int:
+        ready = await _campaign(arguments, reach)
         arms = [Arm(policy, ready.target, policy) for policy in arguments.policies]
         for word in arguments.servers:
             name, _, url = word.partition("=")
             if not url:
                 raise ConfigError.single("--servers", f"{word!r} is not NAME=URL")
-            arms.append(Arm(name, _target(url)))
+            arms.append(Arm(name, reach(url)))
         if len(arms) < 2:
             raise ConfigError.single("compare", "names fewer than two: --policies A,B or --servers A=URL B=URL")
         runs = await campaign.compare(ready, arms, arguments.rounds)
         print(campaign.comparison(runs))
         return 0 if all(found.valid and not found.ending.partial for found, _ in runs) else 1
 
-    return _run(work())
+    return _run(work)
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    async def work() -> int:
+    async def work(reach: Reach) -> int:
         arguments.concurrency = 1
-        ready = await _campaign(arguments)
+        ready = await _campaign(arguments, reach)
         found, records = await ready.run_with_records(Arm(arguments.name or "calibration", ready.target))
         slos = promise.calibrated(records)
         path = arguments.out / "slos.json"
@@ -149,12 +150,12 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         print(f"written to {path}; later runs take it with --slo-file and a scale")
         return int(bool(found.ending.partial) or len(slos) < len(found.by_model))
 
-    return _run(work())
+    return _run(work)
 
 
 def _switch(arguments: argparse.Namespace) -> int:
-    async def work() -> int:
-        target = _target(arguments.url)
+    async def work(reach: Reach) -> int:
+        target = reach(arguments.url)
         dialect = dialect_named(arguments.api, ignore_eos=not arguments.allow_eos)
         known = await known_models(target)
         names = arguments.models or list(known)
@@ -167,7 +168,7 @@ def _switch(arguments: argparse.Namespace) -> int:
         print(campaign.switch_table(found))
         return 0
 
-    return _run(work())
+    return _run(work)
 
 
 def _report(arguments: argparse.Namespace) -> int:
@@ -185,18 +186,40 @@ def _report(arguments: argparse.Namespace) -> int:
 # What they share.
 
 
-def _run(work: Coroutine[Any, Any, int]) -> int:
+class Reach:
+    """The servers that a verb talks to; their connections end with it."""
+
+    def __init__(self) -> None:
+        key = client_key()
+        self._headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        self._targets: list[Target] = []
+
+    def __call__(self, url: str) -> Target:
+        self._targets.append(Target(url, self._headers))
+        return self._targets[-1]
+
+    async def close(self) -> None:
+        for target in self._targets:
+            target.close()
+        await asyncio.sleep(0)  # a transport is gone a turn of the loop after it was aborted
+
+
+def _run(work: Callable[[Reach], Coroutine[Any, Any, int]]) -> int:
     import uvloop
 
-    try:
-        status: int = uvloop.run(work)
-    except* ConnectionError as faults:
-        raise ConfigError.single("--url", str(faults.exceptions[0])) from None
+    async def whole() -> int:
+        reach = Reach()
+        try:
+            return await work(reach)
+        finally:
+            await reach.close()
+
+    status: int = uvloop.run(whole())
     return status
 
 
-async def _campaign(arguments: argparse.Namespace) -> Campaign:
-    target = _target(arguments.url)
+async def _campaign(arguments: argparse.Namespace, reach: Reach) -> Campaign:
+    target = reach(arguments.url)
     known = await known_models(target)
     made = workload.workload(arguments, known)
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -211,11 +234,6 @@ async def _campaign(arguments: argparse.Namespace) -> Campaign:
         details=arguments.output_details,
         say=lambda line: print(line, flush=True),
     )
-
-
-def _target(url: str) -> Target:
-    key = client_key()
-    return Target(url, {} if key is None else {"Authorization": f"Bearer {key}"})
 
 
 def _tell(found: outcome.Outcome, arguments: argparse.Namespace) -> int:
