@@ -55,7 +55,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "vmm",
         }
         | {"tiny", "weights", "wire", "worker"},
-        {"aiohttp", "msgspec", "pynvml", "tokenizers", "torch", "transformers"},
+        {"aiohttp", "msgspec", "pynvml", "tokenizers", "torch", "transformers", "uvloop"},
     ),
 }
 # Packages that only some rooms may hold are what the table is for; these modules never appear in pure rooms.

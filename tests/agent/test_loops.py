@@ -186,6 +186,8 @@ async def test_a_cancel_that_comes_before_the_agent_does_reaches_it(parent_socke
 async def test_the_agent_dies_and_the_next_one_goes_on_with_its_workers(parent_socket: Path, elastic: bool) -> None:
     models = [model("a", step_s=0.002, max_running=1), model("b", step_s=0.002)]
     async with system(parent_socket, models, elastic=elastic) as (made, front):
+        for name in ("a", "b"):  # both are up before the clock of the stream runs
+            await end_of(front.ask(f"{name} is up", of=name, tokens=1))
         streaming = front.ask("streaming", of="a", tokens=400)
         waiting = front.ask("waiting", of="a", tokens=3)
         ending = front.ask("ending", of="b", tokens=20)

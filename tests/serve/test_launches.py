@@ -8,7 +8,7 @@ import pytest
 from chimera.tiny.maker import make
 from chimera.tiny.shapes import MODELS
 
-from tests.serve.house import House, launched, placement
+from tests.serve.house import House, launched, placement, until
 
 FULL = (
     "--enable-elastic-memory --use-kvcached-v0 --enable-gpu-scheduler --enable-controller --policy simple-global "
@@ -40,7 +40,7 @@ def test_the_full_launch_serves_and_says_once_what_has_gone(file: Path) -> None:
         assert sorted(gone) == ["--enable-controller", "--enable-gpu-scheduler", "--max-mem-usage", "--use-kvcached-v0"]
         status, told = served.ask("GET", "/policy")
         assert (status, told["policy"]) == (200, "simple-global")
-        assert len(served.workers()) >= 32, "four EMPTY workers for each GPU"
+        assert until(lambda: len(served.workers()) >= 32, "four EMPTY workers for each GPU")
         assert len(served.ask("GET", "/snapshot")[1]["gpus"]) == 8
 
 
