@@ -18,7 +18,7 @@ from chimera.errors import RequestError
 from chimera.records import questions, store
 from chimera.records.keeper import Keeper
 from chimera.records.scribe import Scribe
-from chimera.sched.control import Limits
+from chimera.sched.fleet import Limits
 from chimera.sim.chronicle import Chronicle
 from chimera.sim.placing import gpus_of
 from chimera.sim.run import Scenario, simulate

@@ -15,7 +15,8 @@ from chimera.msg.events import (
     RequestCancelled,
     Woke,
 )
-from chimera.sched.control import ControlInput, ControlScheduler, Limits
+from chimera.sched.control import ControlInput, ControlScheduler
+from chimera.sched.fleet import Limits
 
 from tests.sched.builders import (
     arrived,

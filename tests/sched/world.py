@@ -44,8 +44,9 @@ from chimera.msg.events import (
     Woke,
     WorkerLost,
 )
-from chimera.sched.control import ControlScheduler, Limits
+from chimera.sched.control import ControlScheduler
 from chimera.sched.cost import CostTable
+from chimera.sched.fleet import Limits
 from chimera.sched.gpu import MOST_LOSSES
 from chimera.sched.log import Recorder
 from chimera.sched.node import NodeInput, NodeScheduler

@@ -188,7 +188,7 @@ async def test_an_order_whose_control_goes_away_says_so(bench: Bench) -> None:
     bench.agent.channel.deliver_to(lambda message: None)  # it hears, and does nothing
     asking = asyncio.create_task(bench.ask("POST", "/models/load", {"model": "b"}))
     await until(lambda: bool(bench.front._relay._watches))
-    await until(lambda: ReplicaId("b") in bench.exchange.scheduler._places)
+    await until(lambda: ReplicaId("b") in bench.exchange.scheduler.fleet.places)
     await bench.exchange.stop()
     status, body = await asking
     assert status == 503 and "went away" in body["error"]["message"]

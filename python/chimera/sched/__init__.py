@@ -8,7 +8,11 @@ replay-decisions` run the very same objects.
     gpu       one GPU: order, credits and admission; mints epochs
     node      the GPUs of one agent; what the agent's loop talks to
     places    a wanted replica, and how far it has come
-    control   the dispatcher and the placement; what control's loop talks to
+    control   the one door to the three below; what control's loop talks to
+    dispatch  where a request is between its arrival and its end, and which replica it goes to
+    lives     brings up what is wanted, and follows how far each replica has come
+    plan      what is wanted: the policy's word, and the operator's
+    fleet     what is here, as those three see it
     log       the decision log: what was told, what was decided, and whether it would be decided again
 
 What a loop owes its scheduler: one caller, in order; `now` from one clock that never goes back; every action carried out in

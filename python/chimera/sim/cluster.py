@@ -19,8 +19,9 @@ from chimera.core.placement import Placement
 from chimera.core.replica import ReplicaId
 from chimera.core.request import Request
 from chimera.msg import actions, events
-from chimera.sched.control import ControlInput, ControlScheduler, Limits
+from chimera.sched.control import ControlInput, ControlScheduler
 from chimera.sched.cost import CostTable
+from chimera.sched.fleet import Limits
 from chimera.sched.node import NodeInput, NodeScheduler
 from chimera.sched.policies.policy import WarmRules
 from chimera.sim import engine as engines

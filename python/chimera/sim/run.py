@@ -10,8 +10,8 @@ from chimera.core.gpu import Gpu
 from chimera.core.metrics import Metrics, Story, measure, measure_by_model
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement
-from chimera.sched.control import Limits
 from chimera.sched.cost import CostTable
+from chimera.sched.fleet import Limits
 from chimera.sched.policies import policy_named
 from chimera.sched.policies.policy import WarmRules
 from chimera.sched.queues import local_of

@@ -1,0 +1,194 @@
+"""What is here: models, agents, places, and what is wanted of them. Shared by the dispatcher and the plan, which change it.
+
+Owns the indices (places by model, by GPU, by due time), so that no event has to look at everything, and the readings that
+both sides need. Decides nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+
+from chimera.core.gpu import Gpu
+from chimera.core.model import ModelSpec
+from chimera.core.placement import Placement, Seat
+from chimera.core.replica import Epoch, ReplicaId
+from chimera.errors import ConfigError
+from chimera.sched.cost import CostTable
+from chimera.sched.places import Place, PlaceState
+from chimera.sched.policies.policy import Policy
+from chimera.sched.queues import BY_POLICY, LOCAL_POLICIES, local_of
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """How much waiting the dispatcher allows."""
+
+    queue_per_model: int = 1024
+    """Requests of one model that may wait, here and before its replicas."""
+    hold_s: float = 600.0
+    """The longest that a request waits here for a replica, whatever the hope."""
+    agent_absence_s: float = 30.0
+    """How long a lost agent is expected back, and a missing one at the start."""
+    agent_return_s: float = 3.0
+    """How long its requests wait for it: its workers may go on with them, and it comes back to tell which."""
+
+
+class Orphan(msgspec.Struct, frozen=True, kw_only=True):
+    """An attempt that was running when its agent's connection ended; if the agent lives, it is still running there."""
+
+    request_id: str
+    replica: ReplicaId
+    epoch: Epoch
+
+
+class Agent(msgspec.Struct, kw_only=True):
+    name: str
+    start: int
+    gpus: tuple[Gpu, ...]
+    present: bool = True
+    orphans: list[Orphan] = []
+    earlier: tuple[int, ...] = ()
+    """Starts of its earlier lives, whose workers it goes on with."""
+    requests_due_s: float | None = None
+    """Set while it is away and its requests still wait for it."""
+
+    @property
+    def lives(self) -> tuple[int, ...]:
+        return (self.start, *self.earlier)
+
+
+class Fleet:
+    def __init__(self, wanted: Placement, limits: Limits, policy: Policy, local: str | None, costs: CostTable | None) -> None:
+        self.wanted = wanted
+        self.limits = limits
+        self.policy = policy
+        self.local_asked = _local_named(local)
+        """A name, `by-policy`, or `None` for ours where there is a cost table."""
+        self.costs = costs
+        self.models: dict[str, ModelSpec] = {}
+        self.agents: dict[str, Agent] = {}
+        self.places: dict[ReplicaId, Place] = {}
+        self.strangers: dict[int, int] = {}
+        """Bytes of each GPU that processes of others hold."""
+        self.stirred = False
+        """Something has happened that the policy should hear of soon."""
+        self._by_model: dict[str, list[Place]] = {}
+        self._on_gpu: dict[int, list[Place]] = {}
+        self._timed: set[ReplicaId] = set()
+        """The places with a `due_s`; few."""
+
+    # Readings.
+
+    @property
+    def local(self) -> str:
+        """In which order requests go at the agents."""
+        if self.local_asked == BY_POLICY:
+            return local_of(self.policy.name)
+        return self.local_asked or ("fcfs" if self.costs is None else "goodput")
+
+    def order_locally(self, local: str) -> None:
+        self.local_asked = _local_named(local)
+
+    def places_of(self, model: str) -> list[Place]:
+        return self._by_model.get(model, [])
+
+    def serving(self, model: str) -> list[Place]:
+        return [place for place in self.places_of(model) if place.state is PlaceState.SERVING]
+
+    def on_gpu(self, gpu_id: int) -> list[Place]:
+        return self._on_gpu.get(gpu_id, [])
+
+    def at_work_beside(self, place: Place) -> int:
+        """How many other replicas have requests on its GPUs."""
+        return len({p.replica for g in place.seat.gpu_ids for p in self._on_gpu[g] if p is not place and p.routed})
+
+    def gpus(self) -> Iterator[Gpu]:
+        """Those that are here."""
+        return (gpu for agent in self.agents.values() if agent.present for gpu in agent.gpus)
+
+    def owner(self, seat: Seat) -> str | None:
+        """The agent that is here and has every GPU of the seat."""
+        wanted = set(seat.gpu_ids)
+        owners = (a.name for a in self.agents.values() if a.present and wanted <= {gpu.gpu_id for gpu in a.gpus})
+        return next(owners, None)
+
+    def agent_in_life(self, epoch: Epoch) -> str | None:
+        """The agent that is here and minted the epoch in its present life."""
+        return next((a.name for a in self.agents.values() if a.present and epoch.agent_start in a.lives), None)
+
+    def has_room(self, place: Place) -> bool:
+        """Whether it may start beside those that are leaving; what does not fit even without them is the agent's to refuse."""
+        if self.costs is None:
+            return True
+        for gpu_id in place.seat.gpu_ids:
+            there = [p for p in self._on_gpu[gpu_id] if p is not place and p.state is not PlaceState.ABSENT]
+            if not any(p.state is PlaceState.LEAVING for p in there):
+                continue
+            models = [self.models[p.replica.model] for p in (*there, place) if p.replica.model in self.models]
+            if sum(self.costs.resident_bytes(model) for model in models) > self._capacity_bytes(gpu_id):
+                return False
+        return True
+
+    def _capacity_bytes(self, gpu_id: int) -> int:
+        gpus = (gpu for agent in self.agents.values() for gpu in agent.gpus)
+        return next((gpu.capacity_bytes - self.strangers.get(gpu_id, 0) for gpu in gpus if gpu.gpu_id == gpu_id), 0)
+
+    def could_fit(self, model: ModelSpec) -> bool:
+        """Whether the GPUs that are here could hold it if they were empty. Without any, that is not known yet."""
+        gpus = list(self.gpus())
+        if self.costs is None or not gpus:
+            return True
+        return sum(gpu.capacity_bytes >= self.costs.resident_bytes(model) for gpu in gpus) >= model.tp_size
+
+    # The list of places.
+
+    def add(self, place: Place) -> None:
+        self.places[place.replica] = place
+        for gpu_id in place.seat.gpu_ids:
+            self._on_gpu.setdefault(gpu_id, []).append(place)
+        self._by_model.setdefault(place.replica.model, []).append(place)
+        self.note_due(place)
+
+    def remove(self, place: Place) -> None:
+        del self.places[place.replica]
+        for gpu_id in place.seat.gpu_ids:
+            self._on_gpu[gpu_id].remove(place)
+        self._by_model[place.replica.model].remove(place)
+        self._timed.discard(place.replica)
+
+    def enter(self, place: Place, state: PlaceState, now: float, *, due_s: float | None = None) -> None:
+        place.enter(state, now, due_s=due_s)
+        self.note_due(place)
+
+    def note_due(self, place: Place) -> None:
+        if place.due_s is None:
+            self._timed.discard(place.replica)
+        else:
+            self._timed.add(place.replica)
+
+    @property
+    def timed(self) -> int:
+        """How many places have something that has to be done about them at a known time."""
+        return len(self._timed)
+
+    def dues(self) -> Iterator[float]:
+        return (due for replica in self._timed if (due := self.places[replica].due_s) is not None)
+
+    def due_by(self, now: float) -> list[Place]:
+        places = (self.places[replica] for replica in sorted(self._timed))
+        return [place for place in places if place.due_s is not None and place.due_s <= now]
+
+    def check(self) -> None:
+        """Raises if an invariant of this module does not hold."""
+        for place in self.places.values():
+            assert (place.due_s is not None) == (place.replica in self._timed), f"{place.replica} is due without a time"
+            if place.state is PlaceState.SERVING:
+                assert place.epoch is not None and place.agent == self.agent_in_life(place.epoch), f"{place.replica} is stale"
+            assert place.ended is None or place.epoch is None or place.epoch > place.ended, f"{place.replica} lives twice"
+
+
+def _local_named(local: str | None) -> str | None:
+    if local is not None and local not in (*LOCAL_POLICIES, BY_POLICY):
+        raise ConfigError.single("local", f"there is no order {local!r}; there are {', '.join(LOCAL_POLICIES)} and {BY_POLICY}")
+    return local

@@ -1,0 +1,176 @@
+"""The plan: what is wanted, and how it is made so. Asks the policy, and carries its word or the operator's out.
+
+What a policy decides loses no request: a replica that is no longer wanted drains, and what waited for it is brought again.
+An order of the operator's holds until the policy decides anew, which goes on from what then stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+from msgspec.structs import replace
+
+from chimera.core.model import ModelSpec
+from chimera.core.placement import Placement, Seat
+from chimera.core.snapshot import Snapshot
+from chimera.errors import ConfigError
+from chimera.msg.actions import Action, Deactivate, Reject, RejectCode
+from chimera.msg.events import LoadWanted, PolicyChosen, UnloadWanted
+from chimera.sched.dispatch import Dispatcher
+from chimera.sched.fleet import Fleet
+from chimera.sched.lives import Lives
+from chimera.sched.policies import policy_named
+from chimera.sched.policies.policy import Decision, Question, WarmRules
+
+SOON_S = 0.02
+"""Reviews that events ask for are at least so far apart."""
+
+
+class Plan:
+    """`filed` is what the operator wrote: where every policy begins, and where `static` stays."""
+
+    def __init__(self, fleet: Fleet, dispatcher: Dispatcher, lives: Lives, filed: Placement, warm: WarmRules) -> None:
+        self._fleet = fleet
+        self._dispatcher = dispatcher
+        self._lives = lives
+        self.filed = filed
+        self.warm = warm
+        self.review_s: float | None = None
+        """When the policy is asked next; `None` until something happens."""
+        self.reviewed_s: float | None = None
+
+    # The policy's word.
+
+    def policy_chosen(self, event: PolicyChosen, now: float) -> Iterator[Action]:
+        """Another policy goes on from what stands. Only `static` knows where the file put things, and goes back to it."""
+        fleet = self._fleet
+        before = fleet.local
+        if event.local is not None:
+            fleet.order_locally(event.local)
+        if event.policy is not None:
+            fleet.policy = policy_named(event.policy)
+            self.review_s = now
+        if fleet.local != before:
+            for agent in fleet.agents.values():
+                if agent.present:
+                    yield self._lives.queue_by(agent.name)
+
+    def note_stir(self, now: float) -> None:
+        """Asks soon if something has happened that the policy should hear of."""
+        fleet = self._fleet
+        stirred, fleet.stirred = fleet.stirred, False
+        if not stirred or not fleet.policy.on_demand or not any(agent.present for agent in fleet.agents.values()):
+            return
+        soon = now if self.reviewed_s is None else max(now, self.reviewed_s + SOON_S)
+        self.review_s = soon if self.review_s is None else min(self.review_s, soon)
+
+    def review(self, snapshot: Callable[[float], Snapshot], now: float) -> Iterator[Action]:
+        """Asks the policy, if it is time, and makes what it wants what is wanted."""
+        if self.review_s is None or self.review_s > now:
+            return
+        self.reviewed_s, self.review_s = now, None
+        fleet = self._fleet
+        if fleet.costs is None:
+            if fleet.policy.on_demand:
+                raise ConfigError.single("policy", f"{fleet.policy.name} needs a cost table")
+            decision = Decision(placement=self.filed, again_s=math.inf)
+        else:
+            question = Question(
+                snapshot=self._free_of_strangers(snapshot(now)),
+                filed=self.filed,
+                wanted=fleet.wanted,
+                costs=fleet.costs,
+                warm=self.warm,
+            )
+            decision = fleet.policy.decide(question)
+        if math.isfinite(decision.again_s):
+            self.review_s = now + max(SOON_S, decision.again_s)
+        yield from self._want(decision, now)
+
+    def _free_of_strangers(self, snapshot: Snapshot) -> Snapshot:
+        """GPUs as large as what others leave of them."""
+        strangers = self._fleet.strangers
+        if not any(strangers.values()):
+            return snapshot
+        gpus = (replace(gpu, capacity_bytes=max(0, gpu.capacity_bytes - strangers.get(gpu.gpu_id, 0))) for gpu in snapshot.gpus)
+        return replace(snapshot, gpus=tuple(gpus))
+
+    def _want(self, decision: Decision, now: float) -> Iterator[Action]:
+        fleet = self._fleet
+        change = decision.placement.diff(fleet.wanted)
+        fleet.wanted = decision.placement
+        for seat in change.stop:
+            reason = decision.reasons.get(seat.replica, f"the {fleet.policy.name} policy wants it elsewhere")
+            yield from self._lives.retire(seat.replica, reason, now, decision.alternatives.get(seat.replica, ()))
+        for seat in change.resize:
+            if seat.replica in fleet.places:
+                fleet.places[seat.replica].seat = seat
+        for model in dict.fromkeys(seat.replica.model for seat in change.start):
+            yield from self._lives.settle(model, now, decision)
+        for model in self._dispatcher.waiting():
+            yield from self._dispatcher.refuse_held(model, now)  # `static` gives some of them no place
+
+    # The operator's word.
+
+    def load_wanted(self, event: LoadWanted, now: float) -> Iterator[Action]:
+        fleet = self._fleet
+        model = fleet.models.get(event.replica.model)
+        if model is None:
+            reason = f"no model is registered as {event.replica.model}"
+            yield _refuse_order(event, RejectCode.MODEL_NOT_FOUND, reason)
+            return
+        seat = self._seat_for(event, model)
+        if seat is None:
+            where = f"GPUs {list(event.gpu_ids)}" if event.gpu_ids else f"{model.tp_size} GPUs"
+            yield _refuse_order(event, RejectCode.MODEL_UNAVAILABLE, f"no agent is here with {where} for {event.replica}")
+            return
+        if event.replica in fleet.places:
+            self._lives.try_again(fleet.places[event.replica], now)
+        others = [other for other in fleet.wanted.seats if other.replica != event.replica]
+        decision = Decision(placement=Placement((*others, seat)), reasons={event.replica: "the operator wants it loaded"})
+        yield from self._want(decision, now)
+        yield from self._lives.settle(event.replica.model, now, decision)
+
+    def unload_wanted(self, event: UnloadWanted, now: float) -> Iterator[Action]:
+        if event.model not in self._fleet.models:
+            yield _refuse_order(event, RejectCode.MODEL_NOT_FOUND, f"no model is registered as {event.model}")
+            return
+        seats = self._fleet.wanted.seats
+        leaving = [
+            seat.replica for seat in seats if seat.replica.model == event.model and event.index in (None, seat.replica.index)
+        ]
+        placement = Placement(tuple(seat for seat in seats if seat.replica not in leaving))
+        reasons = dict.fromkeys(leaving, "the operator wants it unloaded")
+        for action in self._want(Decision(placement=placement, reasons=reasons), now):
+            if isinstance(action, Deactivate) and event.drain_s is not None:
+                yield replace(action, drain_s=event.drain_s)
+            else:
+                yield action
+
+    def _seat_for(self, event: LoadWanted, model: ModelSpec) -> Seat | None:
+        """Where the operator says; else where it is wanted or was filed; else on the emptiest GPUs of one agent."""
+        known = [seat for seat in (*self._fleet.wanted.seats, *self.filed.seats) if seat.replica == event.replica]
+        kv_limit = event.kv_limit_bytes if event.kv_limit_bytes or not known else known[0].kv_limit_bytes
+        gpu_ids = event.gpu_ids or (known[0].gpu_ids if known else self._emptiest(model.tp_size))
+        seat = Seat(replica=event.replica, gpu_ids=gpu_ids, kv_limit_bytes=kv_limit)
+        return seat if len(gpu_ids) == model.tp_size and self._fleet.owner(seat) is not None else None
+
+    def _emptiest(self, count: int) -> tuple[int, ...]:
+        fleet = self._fleet
+        free = {gpu.gpu_id: gpu.capacity_bytes for gpu in fleet.gpus()}
+        for seat in fleet.wanted.seats:
+            for gpu_id in seat.gpu_ids:
+                if gpu_id in free and seat.replica.model in fleet.models:
+                    free[gpu_id] -= fleet.models[seat.replica.model].weight_bytes
+        groups = [
+            sorted(agent.gpus, key=lambda gpu: (-free[gpu.gpu_id], gpu.gpu_id))[:count]
+            for agent in fleet.agents.values()
+            if agent.present and len(agent.gpus) >= count
+        ]
+        best = max(groups, key=lambda group: sum(free[gpu.gpu_id] for gpu in group), default=[])
+        return tuple(gpu.gpu_id for gpu in best)
+
+
+def _refuse_order(order: LoadWanted | UnloadWanted, code: RejectCode, reason: str) -> Reject:
+    return Reject(request_id=order.order, front=order.front, code=code, reason=reason)
