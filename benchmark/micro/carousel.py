@@ -205,7 +205,7 @@ class Carousel:
         ready = self._await(events.ReplicaReady, ReplicaId(name))
         seat = Seat(replica=ReplicaId(name), gpu_ids=(0,), kv_limit_bytes=KV_BYTES)
         order = actions.Activate(model=self.specs[name], seat=seat, epoch=place.epoch, reason="its turn")
-        place.worker = self._pool.employ(order)
+        place.worker = self._pool.employ(order).first
         told = await ready
         assert isinstance(told, events.ReplicaReady)
         self.load_s.append(told.load_s)

@@ -99,7 +99,11 @@ class Hand:
     def become(self, spec: ModelSpec, *, kv_bytes: int, lease: actions.FirstLease | None = None) -> events.ReplicaReady:
         self.epoch = Epoch(1, self.epoch.counter + 1)
         seat = Seat(replica=ReplicaId(spec.name), gpu_ids=(0,), kv_limit_bytes=kv_bytes)
-        self.channel.send(actions.Activate(model=spec, seat=seat, epoch=self.epoch, lease=lease, reason="a benchmark"))
+        self.channel.send(
+            actions.Activate(
+                model=spec, seat=seat, epoch=self.epoch, leases=() if lease is None else (lease,), reason="a benchmark"
+            )
+        )
         self._spec, self._revision = spec, 1
         return self.expect(events.ReplicaReady)
 

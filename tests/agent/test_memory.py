@@ -52,7 +52,7 @@ class World:
         )
         seat = Seat(replica=ReplicaId(name), gpu_ids=(0,), kv_limit_bytes=ceiling_bytes)
         order = actions.Activate(model=spec, seat=seat, epoch=Epoch(7, self._count), reason="")
-        self.memory.admit(order, f"w-{name}", self.now)
+        self.memory.admit(order, [f"w-{name}"], self.now)
 
     def want(self, name: str, level: int) -> None:
         self.now += 1.0
@@ -77,12 +77,12 @@ class World:
         self.unread.append(order)
 
     def _begin(self, activation: actions.Activate) -> None:
-        assert activation.lease is not None and activation.epoch is not None
+        assert activation.leases and activation.epoch is not None
         replica = activation.seat.replica
         holder = Holder(replica, activation.epoch, worker=f"w-{replica.model}", gpu_id=0)
-        holder.terms = holder.terms.told(activation.lease.revision, activation.lease.level)
+        holder.terms = holder.terms.told(activation.leases[0].revision, activation.leases[0].level)
         self.holders[replica.model] = holder
-        holder.take(activation.lease.level)
+        holder.take(activation.leases[0].level)
 
     def _failed(self, failed: events.ActivationFailed) -> None:
         self.failed.append(failed)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from chimera.agent.pool import Worker, WorkerPool
+from chimera.agent.gang import Worker
+from chimera.agent.pool import WorkerPool
 from chimera.core.replica import Epoch
 from chimera.msg import events, stream
 from chimera.msg.actions import Activate
@@ -49,7 +50,7 @@ class Desk:
 
     def employ(self, name: str) -> Worker:
         epoch = Epoch(1, next(self._epochs))
-        return self.pool.employ(Activate(model=model(name), seat=on_gpu(name), epoch=epoch, reason="a test wants it"))
+        return self.pool.employ(Activate(model=model(name), seat=on_gpu(name), epoch=epoch, reason="a test wants it")).first
 
     async def hears(self, kind: type[M]) -> tuple[Worker, M]:
         while True:

@@ -104,7 +104,8 @@ class Hired:
         self.counter += 1
         epoch = Epoch(1, self.counter)
         seat = Seat(replica=ReplicaId(spec.name), gpu_ids=(0,), kv_limit_bytes=kv_limit_bytes)
-        self.channel.send(actions.Activate(model=spec, seat=seat, epoch=epoch, lease=lease, reason="a test wants it"))
+        leases = () if lease is None else (lease,)
+        self.channel.send(actions.Activate(model=spec, seat=seat, epoch=epoch, leases=leases, reason="a test wants it"))
         return epoch
 
     def become(

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import msgspec
 import pytest
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.engine.api import Holding, Limit
@@ -17,7 +18,7 @@ EPOCH = Epoch(1, 1)
 
 
 def desk(level: int = 10) -> LeaseDesk:
-    return LeaseDesk(NAME, EPOCH, 0, first(level))
+    return LeaseDesk(NAME, EPOCH, {0: first(level)})
 
 
 def first(level: int) -> actions.FirstLease:
@@ -84,6 +85,36 @@ def test_an_engine_with_nothing_to_say_is_not_asked_in_every_step() -> None:
     assert not kept.is_due(1.001) and kept.is_due(2.0)
     kept.obey(recall(2, 1, deadline_s=9.0), now=1.001)
     assert kept.is_due(1.001)
+
+
+# On two GPUs.
+
+
+def on_two(first_level: int, second_level: int) -> LeaseDesk:
+    return LeaseDesk(NAME, EPOCH, {0: first(first_level), 1: first(second_level)})
+
+
+def at_gpu(gpu_id: int, order: actions.Grant | actions.Recall) -> actions.Grant | actions.Recall:
+    return msgspec.structs.replace(order, gpu_id=gpu_id)
+
+
+def test_what_the_tightest_gpu_allows_is_the_limit() -> None:
+    kept = on_two(10, 10)
+    assert kept.obey(at_gpu(0, grant(2, 20)), now=0.0) is None
+    assert kept.obey(at_gpu(1, grant(2, 15)), now=0.0) == Limit(30 * MIB)
+
+
+def test_a_grant_on_one_gpu_does_not_call_off_the_hurry_on_another() -> None:
+    kept = on_two(10, 10)
+    assert kept.obey(at_gpu(0, recall(2, 5, deadline_s=2.0)), now=0.0) == Limit(10 * MIB, 1.0)
+    assert kept.obey(at_gpu(1, grant(2, 20)), now=0.0) is None
+
+
+def test_every_gpu_is_answered_with_its_own_revision_and_level() -> None:
+    kept = on_two(10, 10)
+    kept.obey(at_gpu(1, recall(2, 4, deadline_s=2.0)), now=0.0)
+    said = {(n.gpu_id, n.revision, n.level) for n in kept.report(holding(6), 0.0) if isinstance(n, PagesReturned)}
+    assert said == {(0, 1, 10), (1, 2, 6)}
 
 
 # The same over real sockets, with the simulated engine.

@@ -18,8 +18,9 @@ from pathlib import Path
 
 import msgspec
 
+from chimera.agent.gang import End, Gang, Worker
 from chimera.agent.memory import NodeMemory
-from chimera.agent.pool import SPEAK_WITHIN_S, Worker, WorkerPool
+from chimera.agent.pool import SPEAK_WITHIN_S, WorkerPool
 from chimera.agent.roster import Roster
 from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
@@ -200,16 +201,14 @@ class Agent:
                 if not self._control.up:
                     self._ended_meanwhile.append(message)
             case events.ReplicaReady():
-                self._pool.settle(worker)
-                log.info("ready replica=%s worker=%s load_s=%.3f", message.replica, worker.name, message.load_s)
-                self._report(message)
-                self._prepare_next()
+                self._note_ready(worker, message)
+            case events.ActivationFailed() if worker.gang is not None and not worker.gang.is_alone:
+                log.warning("cannot serve worker=%s replica=%s reason=%s", worker.name, message.replica, message.reason)
+                self._break_up(worker.gang, message)
             case events.ActivationFailed() | events.ReplicaStopped():
                 log.info("empty worker=%s replica=%s reason=%s", worker.name, message.replica, message.reason)
-                self._pool.vacate(worker)
-                self._report(message)
-                self._hear_of_memory(message)
-                self._prepare_next()
+                if worker.gang is not None:
+                    self._leave(worker.gang, worker, message)
             case stream.Prepared():
                 self._note_preparation(message)
                 self._pool.vacate(worker)
@@ -227,8 +226,44 @@ class Agent:
         level = logging.INFO if worker.replica is None else logging.WARNING
         log.log(level, "lost worker=%s replica=%s reason=%s", worker.name, worker.replica, reason)
         lost = events.WorkerLost(worker=worker.name, reason=reason, replica=worker.replica, epoch=worker.epoch)
-        self._report(lost)
         self._hear_of_memory(lost)
+        if worker.gang is None:
+            self._report(lost)
+            self._prepare_next()
+            return
+        gang = worker.gang
+        gang.leave(worker, lost)
+        self._break_up(gang, lost)
+
+    def _note_ready(self, worker: Worker, ready: events.ReplicaReady) -> None:
+        log.info("ready replica=%s worker=%s load_s=%.3f", ready.replica, worker.name, ready.load_s)
+        gang = worker.gang
+        if gang is None:
+            return
+        if gang.is_alone:  # several are lost with their agent: the next would not know who belongs together
+            self._pool.settle(worker)
+        told = gang.all_ready(worker, ready)
+        if told is not None:
+            self._report(told)
+            self._prepare_next()
+
+    def _leave(self, gang: Gang, worker: Worker, end: End) -> None:
+        """A worker has become EMPTY."""
+        gang.leave(worker, end)
+        self._pool.vacate(worker)
+        self._note_end(gang)
+
+    def _break_up(self, gang: Gang, end: End) -> None:
+        for worker in gang.break_up(end):
+            self._pool.vacate(worker)
+        self._note_end(gang)
+
+    def _note_end(self, gang: Gang) -> None:
+        """Once all are out: before that their GPUs are not free."""
+        if not gang.is_over or gang.end is None or gang.epoch is None:
+            return
+        self._report(gang.end)
+        self._hear_of_memory(events.ReplicaStopped(replica=gang.replica, epoch=gang.epoch, reason=gang.end.reason))
         self._prepare_next()
 
     def _take_over(self, worker: Worker, standing: stream.Standing) -> None:
@@ -354,7 +389,12 @@ class Agent:
                 self._tell(action.replica, action.epoch, action)
             case actions.Deactivate() if self.memory is not None and self.memory.waits((action.replica, action.epoch)):
                 self._call_off(action)
-            case actions.Deactivate() | actions.Pause() | actions.Resume():
+            case actions.Deactivate():
+                log.info("deactivate replica=%s reason=%s", action.replica, action.reason)
+                gang = self._pool.gang(action.replica, action.epoch)
+                if gang is not None:
+                    gang.tell_all(action)
+            case actions.Pause() | actions.Resume():
                 log.info("%s replica=%s reason=%s", type(action).__name__.lower(), action.replica, action.reason)
                 self._tell(action.replica, action.epoch, action)
             case actions.Reject() | actions.Requeue():
@@ -366,21 +406,25 @@ class Agent:
                 raise TypeError(f"no agent can carry out a {type(action).__name__}")
 
     def _employ(self, activation: actions.Activate) -> None:
-        if self.memory is None or len(activation.seat.gpu_ids) != 1:
+        if self.memory is None:
             self._pool.employ(activation)
             return
-        worker = self._pool.promise(activation)
-        self.memory.admit(activation, worker.name, time.monotonic())
+        gang = self._pool.promise(activation)
+        self.memory.admit(activation, [worker.name for worker in gang.members], time.monotonic())
         self._set_memory_timer()
 
     def _call_off(self, order: actions.Deactivate) -> None:
         """It waits for its memory still: no engine has heard of it."""
-        worker = self._pool.holder(order.replica, order.epoch)
-        if worker is not None:
-            self._pool.vacate(worker)
+        self._vacate(order.replica, order.epoch)
         stopped = events.ReplicaStopped(replica=order.replica, epoch=order.epoch, reason=order.reason)
         self._report(stopped)
         self._hear_of_memory(stopped)
+
+    def _vacate(self, replica: ReplicaId, epoch: Epoch) -> None:
+        """Those who were to become it, and have heard of nothing."""
+        gang = self._pool.gang(replica, epoch)
+        for worker in () if gang is None else gang.members:
+            self._pool.vacate(worker)
 
     def _submit(self, admitted: actions.Admit) -> None:
         held = self._held.get(admitted.request_id)
@@ -396,10 +440,10 @@ class Agent:
         self._tell(admitted.replica, admitted.epoch, submission)
 
     def _tell(self, replica: ReplicaId, epoch: Epoch | None, message: Message) -> None:
-        """To the worker in this life of the replica; if there is none, its loss is on the way to the scheduler."""
-        worker = self._pool.holder(replica, epoch)
-        if worker is not None:
-            worker.send(message)
+        """To who has the orders in this life of the replica; if there is nobody, its loss is on the way to the scheduler."""
+        gang = self._pool.gang(replica, epoch)
+        if gang is not None:
+            gang.tell(message)
 
     # Elastic memory.
 
@@ -425,15 +469,12 @@ class Agent:
         self._tell(order.replica, order.epoch, order)
 
     def _start_replica(self, activation: actions.Activate) -> None:
-        worker = self._pool.holder(activation.seat.replica, activation.epoch)
-        if worker is not None:  # else its loss is on the way to the scheduler
-            worker.activation = activation
-            worker.start()
+        gang = self._pool.gang(activation.seat.replica, activation.epoch)
+        if gang is not None:  # else its loss is on the way to the scheduler
+            gang.start(activation)
 
     def _fail_replica(self, failed: events.ActivationFailed) -> None:
-        worker = self._pool.holder(failed.replica, failed.epoch)
-        if worker is not None:
-            self._pool.vacate(worker)
+        self._vacate(failed.replica, failed.epoch)
         log.warning("no memory replica=%s reason=%s", failed.replica, failed.reason)
         # Not from inside the decision that asked for it.
         asyncio.get_running_loop().call_soon(self._report, failed)

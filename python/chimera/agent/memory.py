@@ -2,20 +2,22 @@
 
 Hears what replicas want and return, has `sched.shares` divide each GPU, and lets the ledger find the safe way there: what is
 recalled must be back before it is granted. A replica is brought up when its weights are reserved and its first pages granted,
-not before. Knows no socket: orders and activations that may go ahead are handed out as they come.
+not before. One over several GPUs is given all of them in one go or none, and holds the same on each. Knows no socket: orders
+and activations that may go ahead are handed out as they come.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import msgspec
 
 from chimera.core.gpu import Gpu
-from chimera.core.lease import LeaseClass
+from chimera.core.lease import Lease, LeaseClass
 from chimera.core.ledger_view import LedgerView
 from chimera.ledger.book import GpuLedger, Life, Order, Survivors
 from chimera.ledger.node import NodeLedger
@@ -30,7 +32,7 @@ from chimera.msg.events import (
     ReplicaStopped,
     WorkerLost,
 )
-from chimera.sched.shares import Claim, divide, is_unfair
+from chimera.sched.shares import Claim, divide_all, is_unfair
 from chimera.units import MIB, ceil_div, format_bytes
 
 log = logging.getLogger(__name__)
@@ -45,13 +47,20 @@ _LEAST_BYTES: Final = 128 * MIB
 
 
 @dataclass(slots=True, kw_only=True)
-class _Tenancy:
-    """A replica with an elastic lease, from the order to activate it until it is gone."""
+class _Share:
+    """What a replica has on one GPU."""
 
     worker: str
-    gpu_id: int
     weight_pages: int
     claim: Claim
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tenancy:
+    """A replica with an elastic lease on each of its GPUs, from the order to activate it until it is gone."""
+
+    shares: dict[int, _Share]
+    """By GPU, in rank order."""
     waiting: Activate | None
     """Empty once it has been told to come up."""
 
@@ -85,46 +94,40 @@ class NodeMemory:
         self._put_off: dict[int, float] = {}
         """GPUs to be divided anew, and when."""
 
-    def admit(self, activation: Activate, worker: str, now: float) -> None:
-        """Have memory set aside for a replica; `start` is called as soon as it is."""
+    def admit(self, activation: Activate, workers: Sequence[str], now: float) -> None:
+        """Have memory set aside for a replica, whose workers are named by rank; `start` is called as soon as it is."""
         assert activation.epoch is not None
         seat, life = activation.seat, (activation.seat.replica, activation.epoch)
-        gpu = self.ledger[seat.gpu_ids[0]].gpu
-        weights = ceil_div(activation.model.weight_bytes, gpu.page_bytes)
-        ceiling = gpu.pages if seat.kv_limit_bytes is None else max(1, seat.kv_limit_bytes // gpu.page_bytes)
-        least = _least(gpu, ceiling)
-        claims = [t.claim.least for t in self._tenancies.values() if t.gpu_id == gpu.gpu_id]
-        short = weights + least + sum(claims) - self._elastic_pages(gpu.gpu_id)
-        if short > 0:
-            self._fail(
-                ActivationFailed(
-                    replica=life[0],
-                    epoch=life[1],
-                    reason=f"GPU {gpu.gpu_id} lacks {format_bytes(short * gpu.page_bytes)} for its weights and least KV memory",
-                )
-            )
-            return
-        self.ledger[gpu.gpu_id].open(life, worker)
-        self._tenancies[life] = _Tenancy(
-            worker=worker,
-            gpu_id=gpu.gpu_id,
-            weight_pages=weights,
-            claim=Claim(level=0, least=least, ceiling=ceiling),
-            waiting=activation,
-        )
-        self._divide(gpu.gpu_id, now, f"{life[0]} comes up")
+        shares = {}
+        for gpu_id, worker in zip(seat.gpu_ids, workers, strict=True):
+            gpu = self.ledger[gpu_id].gpu
+            ceiling = gpu.pages if seat.kv_limit_bytes is None else max(1, seat.kv_limit_bytes // gpu.page_bytes)
+            weights = ceil_div(activation.model.weight_bytes, gpu.page_bytes)
+            claim = Claim(level=0, least=_least(gpu, ceiling), ceiling=ceiling)
+            shares[gpu_id] = _Share(worker=worker, weight_pages=weights, claim=claim)
+        for gpu_id, share in shares.items():
+            least = [claim.least for claim in self._claims(gpu_id).values()]
+            short = share.weight_pages + share.claim.least + sum(least) - self._elastic_pages(gpu_id)
+            if short > 0:
+                lacks = format_bytes(short * self.ledger[gpu_id].gpu.page_bytes)
+                reason = f"GPU {gpu_id} lacks {lacks} for its weights and least KV memory"
+                self._fail(ActivationFailed(replica=life[0], epoch=life[1], reason=reason))
+                return
+        for gpu_id, share in shares.items():
+            self.ledger[gpu_id].open(life, share.worker)
+        self._tenancies[life] = _Tenancy(shares=shares, waiting=activation)
+        self._divide(shares, now, f"{life[0]} comes up")
 
     def take_over(self, activation: Activate, held: PagesHeld, now: float) -> None:
         """A replica goes on that an earlier agent has started."""
-        assert activation.epoch is not None and activation.lease is not None
-        gpu, ceiling = self.ledger[held.gpu_id].gpu, activation.lease.ceiling
-        self._tenancies[activation.seat.replica, activation.epoch] = _Tenancy(
+        assert activation.epoch is not None and len(activation.leases) == 1, "no gang outlives its agent"
+        gpu, ceiling = self.ledger[held.gpu_id].gpu, activation.leases[0].ceiling
+        share = _Share(
             worker=held.worker,
-            gpu_id=held.gpu_id,
             weight_pages=ceil_div(activation.model.weight_bytes, gpu.page_bytes),
             claim=Claim(level=held.level, least=_least(gpu, ceiling), ceiling=ceiling),
-            waiting=None,
         )
+        self._tenancies[activation.seat.replica, activation.epoch] = _Tenancy(shares={held.gpu_id: share}, waiting=None)
         self.hear(held, now)
 
     def waits(self, life: Life) -> bool:
@@ -137,14 +140,15 @@ class NodeMemory:
         match event:
             case ActivationFailed(replica=replica, epoch=epoch, reason=reason):
                 event = ReplicaStopped(replica=replica, epoch=epoch, reason=reason)
-            case PagesWanted(replica=replica, epoch=epoch, level=level):
+            case PagesWanted(replica=replica, epoch=epoch, gpu_id=gpu_id, level=level):
                 tenancy = self._tenancies.get((replica, epoch))
                 if tenancy is not None:
-                    tenancy.claim = msgspec.structs.replace(tenancy.claim, wanted=level)
+                    share = tenancy.shares[gpu_id]
+                    share.claim = msgspec.structs.replace(share.claim, wanted=level)
             case _:
                 pass
         touched = self._forget(event)
-        self._pass_on(self.ledger.on(event, now))
+        self._pass_on(self.ledger.on(event, now), now)
         self._start_who_can(now)
         if isinstance(event, PagesWanted | PagesReturned | GpuSampled):
             touched.add(event.gpu_id)
@@ -175,59 +179,93 @@ class NodeMemory:
 
     def _redivide(self, gpu_id: int, now: float) -> None:
         """If there is reason to; and not again at once, because every request that comes or ends changes what is wanted."""
-        if not is_unfair(self._elastic_pages(gpu_id), self._claims(gpu_id)):
+        together = self._together([gpu_id])
+        if not is_unfair(self._capacities(together), {gpu_id: self._claims(gpu_id) for gpu_id in together}):
             self._put_off.pop(gpu_id, None)
             return
         due_s = self._divided_s.get(gpu_id, 0.0) + _DIVIDE_EVERY_S
         if now < due_s:
             self._put_off[gpu_id] = due_s
             return
-        self._divide(gpu_id, now, "a replica has less than its requests need")
+        self._divide(together, now, "a replica has less than its requests need")
 
-    def _divide(self, gpu_id: int, now: float, reason: str) -> None:
-        self._divided_s[gpu_id] = now
-        self._put_off.pop(gpu_id, None)
-        levels = divide(self._elastic_pages(gpu_id), self._claims(gpu_id))
-        # Those that give come first: what is free when the others are granted is then known.
-        for life, level in sorted(levels.items(), key=lambda item: item[1] - self._tenancies[item[0]].claim.level):
-            tenancy = self._tenancies[life]
-            if level == tenancy.claim.level:
-                continue
-            log.info("allot replica=%s pages=%d before=%d reason=%r", life[0], level, tenancy.claim.level, reason)
-            tenancy.claim = msgspec.structs.replace(tenancy.claim, level=level)
-            orders = self.ledger[gpu_id].allot(life, level, now=now, deadline_s=now + RECALL_WITHIN_S, reason=reason)
-            self._pass_on(orders)
+    def _divide(self, gpu_ids: Iterable[int], now: float, reason: str) -> None:
+        together = self._together(gpu_ids)
+        for gpu_id in together:
+            self._divided_s[gpu_id] = now
+            self._put_off.pop(gpu_id, None)
+        divided = divide_all(self._capacities(together), {gpu_id: self._claims(gpu_id) for gpu_id in together})
+        for gpu_id, levels in divided.items():
+            self._allot(gpu_id, levels, now, reason)
         self._start_who_can(now)
 
+    def _allot(self, gpu_id: int, levels: Mapping[Life, int], now: float, reason: str) -> None:
+        # Those that give come first: what is free when the others are granted is then known.
+        shares = {life: self._tenancies[life].shares[gpu_id] for life in levels}
+        for life, level in sorted(levels.items(), key=lambda item: item[1] - shares[item[0]].claim.level):
+            claim = shares[life].claim
+            if level == claim.level:
+                continue
+            log.info("allot replica=%s gpu=%d pages=%d before=%d reason=%r", life[0], gpu_id, level, claim.level, reason)
+            shares[life].claim = msgspec.structs.replace(claim, level=level)
+            orders = self.ledger[gpu_id].allot(life, level, now=now, deadline_s=now + RECALL_WITHIN_S, reason=reason)
+            self._pass_on(orders, now)
+
+    def _together(self, gpu_ids: Iterable[int]) -> list[int]:
+        """These GPUs, and those that must be divided with them because some replica is on both."""
+        found = list(gpu_ids)
+        for gpu_id in found:
+            for tenancy in self._tenancies.values():
+                if gpu_id in tenancy.shares:
+                    found += [other for other in tenancy.shares if other not in found]
+        return found
+
     def _claims(self, gpu_id: int) -> dict[Life, Claim]:
-        return {life: tenancy.claim for life, tenancy in self._tenancies.items() if tenancy.gpu_id == gpu_id}
+        return {life: t.shares[gpu_id].claim for life, t in self._tenancies.items() if gpu_id in t.shares}
+
+    def _capacities(self, gpu_ids: Iterable[int]) -> dict[int, int]:
+        return {gpu_id: self._elastic_pages(gpu_id) for gpu_id in gpu_ids}
 
     def _elastic_pages(self, gpu_id: int) -> int:
         """What is left for KV memory beside weights, those of replicas still waiting for room included."""
         view = self.ledger[gpu_id].view(0.0)
         fixed = sum(pages for kind, pages in view.by_class().items() if kind is not LeaseClass.KV)
-        coming = sum(t.weight_pages for t in self._tenancies.values() if t.waiting is not None and t.gpu_id == gpu_id)
+        waiting = (t for t in self._tenancies.values() if t.waiting is not None and gpu_id in t.shares)
+        coming = sum(tenancy.shares[gpu_id].weight_pages for tenancy in waiting)
         return max(0, view.gpu.pages - fixed - coming)
 
     # Coming and going.
 
     def _start_who_can(self, now: float) -> None:
-        """Of the replicas that wait for memory, those whose weights and first pages there is room for now."""
+        """Of the replicas that wait for memory, those for whose weights and first pages there is room now, on all GPUs."""
         for life, tenancy in self._tenancies.items():
             if tenancy.waiting is None:
                 continue
-            ledger = self.ledger[tenancy.gpu_id]
-            leases = (entry.lease for entry in ledger.view(now).entries if entry.epoch == life[1])
-            lease = next(lease for lease in leases if lease.lease_class is LeaseClass.KV)
-            if lease.level < tenancy.claim.least:
+            leases = {gpu_id: self._lease(gpu_id, life, now) for gpu_id in tenancy.shares}
+            if not all(self._has_room(gpu_id, leases[gpu_id], share) for gpu_id, share in tenancy.shares.items()):
                 continue
-            if not ledger.reserve(tenancy.worker, LeaseClass.WEIGHTS, tenancy.weight_pages, life=life):
-                continue
+            for gpu_id, share in tenancy.shares.items():
+                reserved = self.ledger[gpu_id].reserve(share.worker, LeaseClass.WEIGHTS, share.weight_pages, life=life)
+                assert reserved, "there was room just now, and nobody was asked in between"
             activation, tenancy.waiting = tenancy.waiting, None
-            first = FirstLease(
-                page_bytes=ledger.gpu.page_bytes, revision=lease.revision, level=lease.level, ceiling=tenancy.claim.ceiling
+            first = tuple(
+                FirstLease(
+                    page_bytes=self.ledger[gpu_id].gpu.page_bytes,
+                    revision=lease.revision,
+                    level=lease.level,
+                    ceiling=tenancy.shares[gpu_id].claim.ceiling,
+                )
+                for gpu_id, lease in leases.items()
             )
-            self._start(msgspec.structs.replace(activation, lease=first))
+            self._start(msgspec.structs.replace(activation, leases=first))
+
+    def _lease(self, gpu_id: int, life: Life, now: float) -> Lease:
+        entries = self.ledger[gpu_id].view(now).entries
+        leases = (entry.lease for entry in entries if (entry.lease.holder, entry.epoch) == (str(life[0]), life[1]))
+        return next(lease for lease in leases if lease.lease_class is LeaseClass.KV)
+
+    def _has_room(self, gpu_id: int, lease: Lease, share: _Share) -> bool:
+        return lease.level >= share.claim.least and self.ledger[gpu_id].free >= share.weight_pages
 
     def _forget(self, event: Event) -> set[int]:
         """Whoever the event ends; the GPUs they were on."""
@@ -235,17 +273,26 @@ class NodeMemory:
             case ReplicaStopped(replica=replica, epoch=epoch):
                 gone = [(replica, epoch)]
             case WorkerLost(worker=worker):
-                gone = [life for life, tenancy in self._tenancies.items() if tenancy.worker == worker]
+                gone = [life for life, t in self._tenancies.items() if any(s.worker == worker for s in t.shares.values())]
             case _:
                 return set()
-        return {self._tenancies.pop(life).gpu_id for life in gone if life in self._tenancies}
+        return {gpu_id for life in gone if life in self._tenancies for gpu_id in self._tenancies.pop(life).shares}
 
-    def _pass_on(self, orders: Iterable[Order]) -> None:
-        for order in orders:
+    def _pass_on(self, orders: Iterable[Order], now: float) -> None:
+        on_their_way = deque(orders)
+        while on_their_way:
+            order = on_their_way.popleft()
             tenancy = self._tenancies.get((order.replica, order.epoch))
-            if tenancy is None or tenancy.waiting is not None:
-                continue  # the level it begins with goes with its activation
-            self._send(order)
+            if tenancy is None:
+                continue
+            if tenancy.waiting is None:
+                self._send(order)
+                continue
+            # It has nothing yet, so nobody need come down; the level that it begins with goes with its activation.
+            answer = PagesReturned(
+                replica=order.replica, epoch=order.epoch, gpu_id=order.gpu_id, revision=order.revision, level=order.level
+            )
+            on_their_way += self.ledger.on(answer, now)
 
 
 def _least(gpu: Gpu, ceiling: int) -> int:

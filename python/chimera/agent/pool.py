@@ -1,8 +1,7 @@
 """The node's worker processes: forked from the preloaded parent when one is needed, used again when they are EMPTY, and
 watched until the kernel confirms that they are gone. Those that have outlived an earlier agent are found again.
 
-Knows processes and connections. Which model goes where is the scheduler's; a worker here only remembers what it was told
-to be.
+Knows processes and connections. Which model goes where is the scheduler's; how several workers are one replica is the gang's.
 """
 
 from __future__ import annotations
@@ -14,8 +13,9 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from chimera.agent.gang import Gang, Worker
 from chimera.agent.roster import Entry, Roster, born
-from chimera.core.replica import Epoch, ReplicaId, WorkerState
+from chimera.core.replica import Epoch, ReplicaId
 from chimera.msg.actions import Activate
 from chimera.msg.stream import Fork, Forked, Hello, Prepare, Stop
 from chimera.wire.channel import Channel, Server, serve
@@ -30,55 +30,6 @@ KILL_AFTER_S = 2.0
 
 SPEAK_WITHIN_S = 3.0
 """How long a worker that has outlived its agent may take to find this one: its step may be long, but not so long."""
-
-
-class Worker:
-    """One process, from the order to fork it until its exit."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.activation: Activate | None = None
-        """What it was told to be; `None` while it is EMPTY."""
-        self.started = False
-        """Whether it may become that yet."""
-        self.chore: Prepare | None = None
-        """What it does meanwhile, being EMPTY."""
-        self.channel: Channel | None = None
-        """Empty until it has greeted."""
-        self.vigil: Vigil | None = None
-        """Empty until its process id is known."""
-        self.born = 0
-        self.settled = False
-        """It is EMPTY, or all it was told to be."""
-        self.missed = False
-        """It has outlived the agent before this one, and has not spoken yet."""
-
-    @property
-    def replica(self) -> ReplicaId | None:
-        return None if self.activation is None else self.activation.seat.replica
-
-    @property
-    def epoch(self) -> Epoch | None:
-        return None if self.activation is None else self.activation.epoch
-
-    @property
-    def state(self) -> WorkerState:
-        return WorkerState.EMPTY if self.activation is None else WorkerState.SERVING
-
-    @property
-    def free(self) -> bool:
-        """EMPTY, promised to nobody, and without a chore."""
-        return self.activation is None and self.chore is None and not self.missed
-
-    def start(self) -> None:
-        """Become what was promised, now or when it has greeted."""
-        self.started = True
-        if self.activation is not None:
-            self.send(self.activation)
-
-    def send(self, message: Message) -> None:
-        if self.channel is not None:
-            self.channel.send(message)
 
 
 class WorkerPool:
@@ -128,19 +79,26 @@ class WorkerPool:
         if not self._missing:
             self._complete()
 
-    def employ(self, activation: Activate) -> Worker:
-        """Have a worker become `activation`: one that is EMPTY, else a new one as soon as it is there."""
-        worker = self.promise(activation)
-        worker.start()
-        return worker
+    def employ(self, activation: Activate) -> Gang:
+        """Have workers become `activation`, one for each of its GPUs: those that are EMPTY, else new ones as soon as they are
+        there."""
+        gang = self.promise(activation)
+        gang.start(activation)
+        return gang
 
-    def promise(self, activation: Activate) -> Worker:
-        """The worker that shall become `activation` when it is told to `start`."""
-        worker = self._free_worker()
-        worker.activation, worker.started, worker.settled = activation, False, False
+    def promise(self, activation: Activate) -> Gang:
+        """The workers that shall become `activation` when they are told to `start`."""
+        members = []
+        for _ in activation.seat.gpu_ids:
+            worker = self._free_worker()
+            worker.activation, worker.started, worker.settled = activation, False, False
+            members.append(worker)
+        gang = Gang(activation, members, meeting=self._socket.parent / f"{self._prefix}.{activation.epoch}.gang")
+        for worker in members:
+            worker.gang = gang
         self._keep_spare()
         self._note()
-        return worker
+        return gang
 
     def prepare(self, chore: Prepare) -> None:
         """Have a worker do it that is EMPTY, and stays so."""
@@ -149,13 +107,13 @@ class WorkerPool:
         worker.send(chore)
         self._note()
 
-    def holder(self, replica: ReplicaId, epoch: Epoch | None) -> Worker | None:
-        """The worker of this life of the replica."""
-        return next((w for w in self._workers.values() if w.replica == replica and w.epoch == epoch), None)
+    def gang(self, replica: ReplicaId, epoch: Epoch | None) -> Gang | None:
+        """The workers of this life of the replica."""
+        return next((w.gang for w in self._workers.values() if w.replica == replica and w.epoch == epoch), None)
 
     def vacate(self, worker: Worker) -> None:
         """Its replica has left; the process may become another."""
-        worker.activation, worker.started, worker.chore = None, False, None
+        worker.activation, worker.gang, worker.started, worker.chore = None, None, False, None
         self.settle(worker)
 
     def settle(self, worker: Worker) -> None:
@@ -166,6 +124,7 @@ class WorkerPool:
     def found(self, worker: Worker, activation: Activate | None) -> None:
         """It has told what it is."""
         worker.activation, worker.started, worker.missed = activation, True, False
+        worker.gang = None if activation is None else Gang(activation, (worker,))
         self.settle(worker)
         self._miss_no_more(worker)
 

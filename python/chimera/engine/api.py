@@ -13,6 +13,7 @@ import msgspec
 
 from chimera.core.model import ModelSpec
 from chimera.errors import ChimeraError
+from chimera.msg.actions import Place
 from chimera.msg.stream import Payload, TokenDelta
 
 
@@ -100,15 +101,25 @@ class Engine(Protocol):
         workers. The bytes it takes of the host's memory. Raises `CannotServe`."""
 
     def activate(
-        self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None = None
+        self,
+        model: ModelSpec,
+        *,
+        gpu_ids: tuple[int, ...],
+        kv_bytes: int | None,
+        ceiling_bytes: int | None = None,
+        place: Place | None = None,
     ) -> Vitals:
         """Bring the model up with so much KV memory per GPU (`None`: the engine's own choice). Raises `CannotServe`.
 
-        With a ceiling it is elastic: a `Limit` moves it, up to the ceiling.
+        With a ceiling it is elastic: a `Limit` moves it, up to the ceiling. Over several GPUs there is an engine in a
+        process for each, at its `place`; they come up together, and what one cannot do none does.
         """
 
     def serve(self, post: Post) -> None:
-        """Step without end; `Leave`, raised by `post.collect`, passes through to the caller."""
+        """Step without end; `Leave`, raised by `post.collect`, passes through to the caller.
+
+        Of engines that serve together, the first has the requests; `Leave` reaches the others through it, or their own post.
+        """
 
     def stats(self) -> Stats: ...
 

@@ -17,6 +17,7 @@ import msgspec
 
 from chimera.core.model import ModelSpec
 from chimera.engine.api import CannotServe, Holding, Limit, Order, Post, Stats, Submission, Vitals, Withdrawal
+from chimera.msg.actions import Place
 from chimera.msg.events import Outcome
 from chimera.msg.stream import TokenDelta, TokenLogprobs
 
@@ -80,7 +81,13 @@ class SimulatedEngine:
         return 0
 
     def activate(
-        self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None = None
+        self,
+        model: ModelSpec,
+        *,
+        gpu_ids: tuple[int, ...],
+        kv_bytes: int | None,
+        ceiling_bytes: int | None = None,
+        place: Place | None = None,
     ) -> Vitals:
         try:
             self._costs = msgspec.convert(model.engine_args, Costs)

@@ -36,7 +36,7 @@ class RejectCode(enum.StrEnum):
 
 
 class FirstLease(msgspec.Struct, frozen=True, kw_only=True):
-    """What an elastic replica begins with on its GPU; `Grant` and `Recall` speak of it from then on."""
+    """What an elastic replica begins with on one GPU; `Grant` and `Recall` speak of it from then on."""
 
     page_bytes: int
     revision: int
@@ -45,14 +45,24 @@ class FirstLease(msgspec.Struct, frozen=True, kw_only=True):
     """The most pages it can ever be granted: the addresses it sets aside."""
 
 
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Which of the workers that serve one replica together this one is. The first has the agent's orders and the requests."""
+
+    rank: int
+    meeting: str
+    """The path of a file in which the ranks find each other; nobody else has been there."""
+
+
 class Activate(Action, frozen=True, kw_only=True):
     """Bring the replica up. `epoch` is empty on the way from control and minted by the agent that obeys."""
 
     model: ModelSpec
     seat: Seat
     epoch: Epoch | None = None
-    lease: FirstLease | None = None
-    """Set by the agent that obeys, where KV memory is elastic."""
+    leases: tuple[FirstLease, ...] = ()
+    """By rank. Set by the agent that obeys, where KV memory is elastic."""
+    place: Place | None = None
+    """Set by the agent that obeys, for each worker of a replica over several GPUs."""
     alternatives: tuple[Alternative, ...] = ()
     """What else was weighed when this was decided; told to control's readers, not to agents."""
 

@@ -1,4 +1,4 @@
-"""How the KV pages of one GPU are divided among the replicas on it. Arithmetic; remembers nothing, knows no ledger.
+"""How the KV pages of GPUs are divided among the replicas on them. Arithmetic; remembers nothing, knows no ledger.
 
 Three tiers, one rule. First what everyone's requests need, then as much again as lets a burst begin at once, then what is
 left, for cached prefixes: memory that nobody holds serves nobody, and a lease takes it back in milliseconds. A tier for which
@@ -16,6 +16,7 @@ from typing import TypeVar
 import msgspec
 
 K = TypeVar("K")
+G = TypeVar("G")
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True):
@@ -37,16 +38,38 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         return min(max(self.wanted + self.wanted // 4 + 1, 2 * self.least), self.ceiling)
 
 
-def is_unfair(capacity: int, claims: Mapping[K, Claim]) -> bool:
-    """Whether someone lacks what a new division would give, or all together have more than there is."""
-    if sum(claim.level for claim in claims.values()) > capacity:
+def is_unfair(capacities: Mapping[G, int], claims: Mapping[G, Mapping[K, Claim]]) -> bool:
+    """Whether someone lacks what a new division would give, or all on one GPU together have more than there is."""
+    if any(sum(claim.level for claim in claims[gpu].values()) > capacities[gpu] for gpu in claims):
         return True
-    short = [key for key, claim in claims.items() if claim.level < claim.need]
+    short = [(gpu, key) for gpu in claims for key, claim in claims[gpu].items() if claim.level < claim.need]
     if not short:
         return False
-    divided = divide(capacity, claims)
+    divided = divide_all(capacities, claims)
     # A sixteenth more is not worth a recall.
-    return any(divided[key] > claims[key].level + claims[key].level // 16 for key in short)
+    return any(divided[gpu][key] > claims[gpu][key].level + claims[gpu][key].level // 16 for gpu, key in short)
+
+
+def divide_all(capacities: Mapping[G, int], claims: Mapping[G, Mapping[K, Claim]]) -> dict[G, dict[K, int]]:
+    """Everyone's level on each of several GPUs. Who has claims on more than one, a gang, gets the same on all of them: what
+    the tightest can give. What that leaves on the others goes to their own."""
+    levels = {gpu: divide(capacities[gpu], claims[gpu]) for gpu in claims}
+    tightest = _tightest(levels)
+    for gpu, its in claims.items():
+        too_much = {key: tightest[key] for key in its if levels[gpu][key] > tightest[key]}
+        if too_much:
+            capped = {key: msgspec.structs.replace(its[key], ceiling=level) for key, level in too_much.items()}
+            levels[gpu] = divide(capacities[gpu], {**its, **capped})
+    tightest = _tightest(levels)
+    return {gpu: {key: tightest[key] for key in its} for gpu, its in levels.items()}
+
+
+def _tightest(levels: Mapping[G, Mapping[K, int]]) -> dict[K, int]:
+    tightest: dict[K, int] = {}
+    for its in levels.values():
+        for key, level in its.items():
+            tightest[key] = min(level, tightest.get(key, level))
+    return tightest
 
 
 def divide(capacity: int, claims: Mapping[K, Claim]) -> dict[K, int]:

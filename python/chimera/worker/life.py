@@ -132,7 +132,7 @@ class Life:
         told: list[Message] = [stream.Standing(activation=activation, ready=ready, running=running, leaving=leaving)]
         holding = None if self._lease is None else self._engine.holding()
         if self._lease is not None and holding is not None:
-            told.append(self._lease.held(self._ties.worker, holding, activation.model.weight_bytes))
+            told += self._lease.held(self._ties.worker, holding, activation.model.weight_bytes)
         return told
 
     def _order(self, message: object) -> Order | None:

@@ -7,10 +7,12 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from chimera.engine.api import CannotServe, Engine, Leave
 from chimera.msg import actions, events, stream
+from chimera.worker.following import Following
 from chimera.worker.lease import LeaseDesk
 from chimera.worker.life import Life
 from chimera.worker.ties import AgentGone, Ties
@@ -74,10 +76,13 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties) -> bool:
     assert epoch is not None
     started = time.monotonic()
     kv_bytes, ceiling_bytes = order.seat.kv_limit_bytes, None
-    if order.lease is not None:
-        kv_bytes, ceiling_bytes = (pages * order.lease.page_bytes for pages in (order.lease.level, order.lease.ceiling))
+    if order.leases:
+        kv_bytes = min(lease.level * lease.page_bytes for lease in order.leases)
+        ceiling_bytes = min(lease.ceiling * lease.page_bytes for lease in order.leases)
     try:
-        vitals = engine.activate(order.model, gpu_ids=order.seat.gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
+        vitals = engine.activate(
+            order.model, gpu_ids=order.seat.gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes, place=order.place
+        )
     except CannotServe as fault:
         log.warning("activation failed replica=%s reason=%s", replica, fault)
         engine.deactivate()
@@ -85,8 +90,6 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties) -> bool:
             events.ActivationFailed(replica=replica, epoch=epoch, reason=str(fault), permanent=fault.permanent),
         )
         return False
-    desk = None if order.lease is None else LeaseDesk(replica, epoch, order.seat.gpu_ids[0], order.lease)
-    life = Life(replica, epoch, engine, ties, desk)
     ready = events.ReplicaReady(
         replica=replica,
         epoch=epoch,
@@ -96,7 +99,13 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties) -> bool:
         load_s=time.monotonic() - started,
     )
     ties.tell_agent(ready)
-    ties.stand_as(lambda: life.standing(order, ready))
+    life: Life | Following
+    if order.place is not None and order.place.rank:
+        life = Following(epoch, ties)
+    else:
+        leases = dict(zip(order.seat.gpu_ids, order.leases, strict=True)) if order.leases else None
+        life = Life(replica, epoch, engine, ties, None if leases is None else LeaseDesk(replica, epoch, leases))
+        ties.stand_as(partial(life.standing, order, ready))
     log.info("serving replica=%s epoch=%s load_s=%.3f", replica, epoch, time.monotonic() - started)
     with contextlib.suppress(Leave):
         engine.serve(life)

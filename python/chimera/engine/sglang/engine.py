@@ -30,6 +30,7 @@ from chimera.engine.sglang.mailbox import Mailbox
 from chimera.engine.sglang.plugin import elastic_memory
 from chimera.engine.sglang.releases import build
 from chimera.engine.sglang.solitude import alone
+from chimera.msg.actions import Place
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,13 @@ class SglangEngine:
         self._kv: ElasticKv | None = None
 
     def activate(
-        self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None = None
+        self,
+        model: ModelSpec,
+        *,
+        gpu_ids: tuple[int, ...],
+        kv_bytes: int | None,
+        ceiling_bytes: int | None = None,
+        place: Place | None = None,
     ) -> Vitals:
         if len(gpu_ids) > 1:
             raise CannotServe(

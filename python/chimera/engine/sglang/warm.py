@@ -23,6 +23,7 @@ from chimera.engine.api import CannotServe, Holding, Leave, Order, Post, Stats, 
 from chimera.engine.sglang.engine import SglangEngine
 from chimera.engine.sglang.images import key_of, loading_from, takes_images, witnessed
 from chimera.errors import WeightsError
+from chimera.msg.actions import Place
 from chimera.msg.stream import Payload, Sampling, TokenDelta
 from chimera.weights.copier import Copier, copier_for
 from chimera.weights.image import Canary, Contents, Image
@@ -66,8 +67,16 @@ class WarmEngine:
             return image.contents.data_bytes
 
     def activate(
-        self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None = None
+        self,
+        model: ModelSpec,
+        *,
+        gpu_ids: tuple[int, ...],
+        kv_bytes: int | None,
+        ceiling_bytes: int | None = None,
+        place: Place | None = None,
     ) -> Vitals:
+        if place is not None:  # images are of whole models, and a canary would have to be asked by all
+            return self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes, place=place)
         vitals, image = self.bring_up(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
         try:
             if image is not None:
@@ -82,7 +91,7 @@ class WarmEngine:
     ) -> tuple[Vitals, Image | None]:
         """All of an activation but its check; the image that the weights came from, if they came from one."""
         image = None
-        if len(gpu_ids) == 1 and self.takes_image(model):
+        if self.takes_image(model):
             with _refusing():
                 image = self._image(model, gpu_ids)
         if image is None or image.contents.unfit:
