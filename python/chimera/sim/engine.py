@@ -82,6 +82,8 @@ class SimEngine:
         self.ready_s = 0.0
         self.tokens_made = 0
         self._paused = False
+        self._between = False
+        """A step has ended and the next is not chosen: whoever hears of an end may take a sequence out or put one in."""
         self._node_gpus = node_gpus
         self._clock = clock
         self._listener = listener
@@ -297,6 +299,8 @@ class SimEngine:
 
     def _next(self) -> None:
         """What the engine does now. Called between two steps only."""
+        if self._between:
+            return
         self._plan += 1
         if self._paused:
             self._stand_still()
@@ -375,6 +379,8 @@ class SimEngine:
 
     def _settle(self) -> None:
         """Stops in the middle: whole steps that were made count, the rest is lost."""
+        if self._between:
+            return
         self._count()
         if self._doing is Doing.DECODE:
             self._advance(self.cost.decodes_within(self._running, self._context_tokens, self._done_s))
@@ -393,11 +399,15 @@ class SimEngine:
     def _end(self, plan: int) -> None:
         if plan != self._plan or self.dead:
             return
+        self._between = True
         if self._doing is Doing.PREFILL:
             self._prefill_ended()
         else:
             self._advance(self._leap)
             self._end_sequences()
+        self._between = False
+        if self.dead:
+            return
         if self.draining and not self._sequences:
             self._left()
             return
