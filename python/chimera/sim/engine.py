@@ -406,8 +406,6 @@ class SimEngine:
             self._advance(self._leap)
             self._end_sequences()
         self._between = False
-        if self.dead:
-            return
         if self.draining and not self._sequences:
             self._left()
             return
