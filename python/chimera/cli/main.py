@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+from types import ModuleType
 
 import chimera
+from chimera.cli import examples
 from chimera.errors import ChimeraError
 
 # verb: what it does. Each is a module of this room with `configure(parser)` and `run(arguments) -> exit status`.
@@ -29,6 +31,7 @@ VERBS = {
     "models": "make small models to try things with",
     "doctor": "look at this machine and say what would keep it from serving",
     "replay-decisions": "run a decision log again and compare every action",
+    "completion": "what makes a shell complete chimera's words",
 }
 
 
@@ -44,21 +47,38 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(words: list[str]) -> int:
+def make_parser(complete: Container[str] = VERBS) -> argparse.ArgumentParser:
+    """Of the whole command line. Verbs that are not among `complete` have a name and a purpose, and no options yet."""
     parser = argparse.ArgumentParser(
-        prog="chimera", description="Elastic sharing of GPUs among many language models, on stock SGLang."
+        prog="chimera",
+        description="Elastic sharing of GPUs among many language models, on stock SGLang.",
+        epilog=examples.FIRST_STEPS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"chimera {chimera.__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    chosen = next((word for word in words if not word.startswith("-")), None)
     for verb, purpose in VERBS.items():
-        verb_parser = verbs.add_parser(verb, help=purpose, description=purpose)
-        if verb == chosen:
-            module = importlib.import_module(f"chimera.cli.{verb.replace('-', '_')}")
-            module.configure(verb_parser)
-    arguments = parser.parse_args(words)
-    status: int = module.run(arguments)
+        verb_parser = verbs.add_parser(
+            verb,
+            help=purpose,
+            description=purpose,
+            epilog=examples.of(verb),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if verb in complete:
+            _module(verb).configure(verb_parser)
+    return parser
+
+
+def _run(words: list[str]) -> int:
+    chosen = next((word for word in words if not word.startswith("-")), "")
+    arguments = make_parser({chosen}).parse_args(words)
+    status: int = _module(arguments.verb).run(arguments)
     return status
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"chimera.cli.{verb.replace('-', '_')}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""Every link and path in the documents leads somewhere, and every `chimera …` in them is a command that exists."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+from chimera.cli import examples
+from chimera.cli.main import VERBS, make_parser
+
+from tests.docs.documents import ROOT, anchors, commands, documents, inline, links, name_of, shell_lines
+
+DOCUMENTS = documents()
+EVERY = pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+_PATH = re.compile(r"^[\w.-]+(/[\w.-]+)+/?$")
+_PLACES = (ROOT, ROOT / "python" / "chimera")
+_TOP = {path.name for place in _PLACES for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")}
+_KINDS = (".py", ".md", ".json", ".sh", ".txt", ".yaml", ".yml", ".toml", ".png", ".svg", ".service")
+
+
+@EVERY
+def test_every_link_leads_somewhere(document: Path) -> None:
+    for link in links(document.read_text()):
+        path, _, anchor = link.partition("#")
+        target = document.parent / path if path else document
+        assert target.exists(), f"{link} leads nowhere"
+        assert not anchor or anchor in anchors(target.read_text()), f"{path or 'this page'} has no heading {anchor}"
+
+
+@EVERY
+def test_every_path_in_code_marks_exists(document: Path) -> None:
+    for word in inline(document.read_text()):
+        if _is_ours(word):
+            assert any((place / word).exists() for place in (*_PLACES, document.parent)), f"there is no {word}"
+
+
+@EVERY
+def test_every_file_that_a_command_reads_exists(document: Path) -> None:
+    for command in shell_lines(document.read_text()):
+        for word in command:
+            if _is_ours(word) and word.endswith((".py", ".sh")):
+                assert (ROOT / word).exists(), f"there is no {word}: {' '.join(command)}"
+
+
+@EVERY
+def test_every_chimera_command_parses(document: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in shell_lines(document.read_text()):
+        _parse(command, capsys)
+
+
+@EVERY
+def test_every_chimera_command_in_a_sentence_has_a_verb_and_flags_that_exist(document: Path) -> None:
+    for text in inline(document.read_text()):
+        words = text.split()
+        if words[0].removeprefix(".venv/bin/") == "chimera" and len(words) > 1 and words[1].islower():
+            assert words[1] in VERBS, f"there is no verb {words[1]}: {text}"
+            known = _flags(make_parser({words[1]}))
+            flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+            assert flags <= known, f"chimera {words[1]} has no {flags - known}: {text}"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_example_of_a_verbs_help_parses(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = [line for line in (examples.of(verb) or "").splitlines() if "chimera" in line]
+    for line in shown:
+        # What explains a line stands two spaces and more behind it.
+        parsed = [_parse(command, capsys) for command in commands(line.strip().partition("  ")[0])]
+        assert parsed[0] == verb, line
+
+
+def test_the_first_steps_of_the_help_parse(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [line.strip().partition("  ")[0] for line in examples.FIRST_STEPS.splitlines() if line.startswith("  ")]
+    assert [_parse(command, capsys) for line in lines for command in commands(line)] == ["doctor", "models", "serve", "chat"]
+
+
+def test_a_broken_link_and_an_unknown_flag_are_found(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "See [that](nowhere.md).\n```\nchimera serve x.json --no-such-flag  # told\n```\n"
+    assert links(text) == ["nowhere.md"]
+    [command] = shell_lines(text)
+    with pytest.raises(AssertionError, match="--no-such-flag"):
+        _parse(command, capsys)
+
+
+def _parse(command: list[str], capsys: pytest.CaptureFixture[str]) -> str | None:
+    """The verb of a `chimera …`; `None` for every other program."""
+    while command and "=" in command[0]:
+        command = command[1:]
+    if not command or command[0].removeprefix(".venv/bin/") != "chimera" or command[1:] == ["--version"]:
+        return None
+    try:
+        arguments = make_parser(set(command[1:2])).parse_args(command[1:])
+    except SystemExit as end:
+        assert end.code == 0, f"{' '.join(command)}: {capsys.readouterr().err}"
+        return command[1]
+    verb: str = arguments.verb
+    return verb
+
+
+def _flags(parser: argparse.ArgumentParser) -> set[str]:
+    found: set[str] = set()
+    for action in parser._actions:
+        found |= set(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                found |= _flags(below)
+    return found
+
+
+def _is_ours(word: str) -> bool:
+    return bool(_PATH.match(word)) and word.partition("/")[0] in _TOP and word.endswith((*_KINDS, "/"))

@@ -1,0 +1,37 @@
+"""What the package imports is what it says that it needs."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+
+from tests.test_layering import PACKAGE, imports_of
+
+PROJECT = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text())["project"]
+# Chosen by machine, in requirements/: SGLang and what comes with it.
+BY_MACHINE = {"sglang", "torch", "transformers", "zmq"}
+DISTRIBUTION = {
+    "cuda": "cuda-bindings",
+    "huggingface_hub": "huggingface-hub",
+    "PIL": "pillow",
+    "prometheus_client": "prometheus-client",
+    "pynvml": "nvidia-ml-py",
+    "yaml": "pyyaml",
+}
+
+
+def imported() -> set[str]:
+    tops = {name.partition(".")[0] for path in PACKAGE.rglob("*.py") for name in imports_of(path.read_text())}
+    return {DISTRIBUTION.get(top, top) for top in tops - BY_MACHINE - set(sys.stdlib_module_names) - {"chimera", ""}}
+
+
+def test_the_package_depends_on_exactly_what_it_imports() -> None:
+    assert {re.split(r"[<>=!~ ]", line)[0] for line in PROJECT["dependencies"]} == imported()
+
+
+def test_the_set_for_a_machine_without_a_gpu_is_complete() -> None:
+    """It is installed with --no-deps, so whatever is not in it is missing."""
+    lines = (PACKAGE.parents[1] / "requirements" / "cpu.txt").read_text().splitlines()
+    pinned = {re.split(r"[<>=!~ ]", line)[0].lower().replace("_", "-") for line in lines if line and not line.startswith("#")}
+    assert imported() - pinned == set()
