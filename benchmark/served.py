@@ -15,8 +15,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from chimera.tiny.maker import make
+from chimera.tiny.shapes import MODELS as TINY
+
 MODELS = Path(__file__).parents[1] / ".models"
-"""Tiny checkpoints, as `chimera models make .models` writes them."""
+"""Tiny checkpoints, as `chimera models make .models` writes them; what is not there is made when a script asks for it."""
 READY_WITHIN_S = 180.0
 
 
@@ -56,5 +59,6 @@ def _address(lines: Iterator[str], late: threading.Timer) -> str:
 
 def entry(name: str, kind: str, *seats: dict[str, Any], **more: Any) -> dict[str, Any]:
     """A model of a placement file."""
-    path = str(MODELS / kind)
-    return {"model_name": name, "model_path": path, "dtype": "float32", "init_placements": list(seats), **more}
+    if not (MODELS / kind).exists():
+        make(TINY[kind], MODELS / kind, seed=0)
+    return {"model_name": name, "model_path": str(MODELS / kind), "dtype": "float32", "init_placements": list(seats), **more}

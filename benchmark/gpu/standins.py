@@ -42,7 +42,7 @@ ACCEPT_KNOWN_NAMES = """
         mapping.register = register
 """
 STAND_IN_FOR_A_GPU = """
-    from chimera.engine.sglang import standins
+    from chimera import standins
 
     standins.install()
 """

@@ -12,6 +12,7 @@ import pytest
 from chimera.bench.outcome import read_outcome
 from chimera.bench.record import read_records
 from chimera.tiny.maker import make
+from chimera.tiny.shapes import MODELS
 
 from tests.serve.house import command, house, placement
 
@@ -34,13 +35,16 @@ def test_it_agrees_with_sglangs_own_benchmark_and_with_the_server(tmp_path: Path
 
 
 def test_a_chimera_server_is_watched_while_it_is_measured(tmp_path: Path) -> None:
-    make(tmp_path / "models", ["llama"])
+    make(MODELS["llama"], tmp_path / "models" / "llama", seed=0)
     costs = {"step_s": 0.002, "load_s": 0.05}
     file = placement(tmp_path, tmp_path / "models" / "llama", {"m": costs, "n": costs}, gpus=2)
     with house(file, "--policy", "static") as server:
         url = "http://{}:{}".format(*server.address)
         words = ["--url", url, "--out", str(tmp_path), "--seconds", "3", "--rate", "10", "--output-tokens", "2-6"]
         subprocess.run(command("bench", "serve", *words, "--name", "seen"), check=False, env=os.environ)
+        assert server.ask("PUT", "/policy", {"policy": "time-sharing"})[0] == 200, (
+            "static answers nothing for a model that is down"
+        )
         subprocess.run(command("bench", "switch", "--url", url, "--out", str(tmp_path), "--rounds", "2"), check=True)
         for policy in ("static", "flexible"):
             assert server.ask("PUT", "/policy", {"policy": policy})[0] == 200

@@ -113,7 +113,8 @@ def test_a_template_that_has_ended_the_thought_leaves_none() -> None:
 
 def test_how_calls_are_written_is_guessed_from_the_template() -> None:
     template = '{% if tools %}<tool_call>\n{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>{% endif %}'
-    qwen = template + "<|im_start|>{% if enable_thinking %}<think></think>{% endif %}"
+    no_thoughts = "{% if enable_thinking is defined and enable_thinking is false %}{{ '<think></think>' }}{% endif %}"
+    qwen = template + "<|im_start|>" + no_thoughts
     listens = hearing(toolbox=TOOLS, template=qwen)
     assert names_and_arguments(listens.ear().whole(WRITTEN["qwen25"]))[0] == ("weather", {"days": 3})
     with pytest.raises(RequestError) as refused:

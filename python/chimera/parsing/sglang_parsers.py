@@ -31,6 +31,8 @@ from chimera.parsing.tools import CallPiece, Heard, Tool, Toolbox  # noqa: E402
 
 _MADE_OF_SPECIAL_TOKENS = ("apertus2509", "gpt-oss", "inkling", "kimi_k3", "muse")
 """Parsers of formats whose every mark is a special token."""
+_MARKS_CALLS = {"mistral": "[TOOL_CALLS"}
+"""What begins the calls of parsers that, reading in small pieces, take a list's second call for something said."""
 
 _log = logging.getLogger(__name__)
 
@@ -74,12 +76,14 @@ class SglangHearing:
 
     def ear(self) -> _Ear:
         thoughts = None
-        if self._reasoning_parser is not None:
+        if self._reasoning_parser is not None and self._in_thought is not False:
             thoughts = ReasoningParser(self._reasoning_parser, stream_reasoning=True, force_reasoning=self._in_thought)
         if not self._tools:
             return _Ear(thoughts, None, [])
-        parser = FunctionCallParser(self._tools, self._tool_parser) if self._native else JsonArrayParser()
-        return _Ear(thoughts, parser, self._tools)
+        if not self._native or self._tool_parser is None:
+            return _Ear(thoughts, JsonArrayParser(), self._tools)
+        kind = _Patient if self._tool_parser in _MARKS_CALLS else FunctionCallParser
+        return _Ear(thoughts, kind(self._tools, self._tool_parser), self._tools)
 
     def _choose_tool_parser(self, tokenizer: ModelTokenizer, toolbox: Toolbox | None, wanted: str) -> str | None:
         if toolbox is None:
@@ -91,8 +95,8 @@ class SglangHearing:
         return found
 
     def _look_at_thoughts(self, tokenizer: ModelTokenizer, prompt_ids: Sequence[int]) -> tuple[bool | None, bool]:
-        """Whether the chat template has begun a thought (`None` if it says nothing, and the parser knows best); and whether
-        the marks around thoughts are special tokens."""
+        """Whether the chat template has begun a thought, or ended it (`None`: it says nothing, the parser knows best); and
+        whether the marks around thoughts are special tokens."""
         if self._reasoning_parser is None:
             return None, False
         detector = ReasoningParser(self._reasoning_parser).detector
@@ -128,6 +132,26 @@ class SglangHearing:
         if hasattr(value, "model_dump"):
             value = value.model_dump(by_alias=True)
         return Grammar("ebnf" if "ebnf" in kind else kind, value if isinstance(value, str) else json.dumps(value))
+
+
+class _Patient(FunctionCallParser):  # type: ignore[misc]
+    """Reads calls when the answer has ended, whole; what is said before them goes out at once."""
+
+    def __init__(self, tools: list[Any], tool_parser: str) -> None:
+        super().__init__(tools, tool_parser)
+        self._name = tool_parser
+        self._kept = ""
+
+    def parse_stream_chunk(self, chunk_text: str) -> tuple[str, list[Any]]:
+        text, mark = self._kept + chunk_text, _MARKS_CALLS[self._name]
+        begins = next((at for at in range(len(text)) if mark.startswith(text[at : at + len(mark)])), len(text))
+        self._kept = text[begins:]
+        return text[:begins], []
+
+    def parse_stream_end(self) -> tuple[str, list[Any]]:
+        kept, self._kept = self._kept, ""
+        found: tuple[str, list[Any]] = self.parse_non_stream(kept) if self.has_tool_call(kept) else (kept, [])
+        return found
 
 
 class _Ear:
