@@ -96,6 +96,29 @@ async def test_a_worker_that_is_there_goes_before_one_still_being_forked(parent_
         assert made.employ("b") is first
 
 
+async def test_a_model_goes_back_to_where_it_is_parked(parent_socket: Path) -> None:
+    async with desk(parent_socket) as made:
+        workers = {name: made.employ(name) for name in ("a", "b")}
+        for _ in workers:
+            await made.hears(events.ReplicaReady)
+        for name, worker in workers.items():
+            worker.parked = (name,)
+            made.pool.vacate(worker)
+        assert made.employ("b") is workers["b"]
+        assert made.employ("a") is workers["a"]
+
+
+async def test_a_model_that_is_parked_nowhere_disturbs_the_fewest(parent_socket: Path) -> None:
+    async with desk(parent_socket) as made:
+        workers = [made.employ(name) for name in ("a", "b")]
+        for _ in workers:
+            await made.hears(events.ReplicaReady)
+        for worker, parked in zip(workers, (("a", "x"), ("b",)), strict=True):
+            worker.parked = parked
+            made.pool.vacate(worker)
+        assert made.employ("c") is workers[1]
+
+
 async def test_a_chore_is_done_by_a_worker_that_stays_empty(parent_socket: Path) -> None:
     async with desk(parent_socket) as made:
         made.pool.prepare(stream.Prepare(model=model("a")))

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import pytest
-from chimera.engine.api import CannotServe, Leave
+import torch
+from chimera.engine.api import CannotServe, Leave, Parking, Submission
 from chimera.engine.preload import preload
+from chimera.msg.stream import Payload, Sampling
 from chimera.tiny.maker import make
 from chimera.tiny.shapes import MODELS
 from chimera.weights.image import Canary, Contents, closing
@@ -29,6 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "mistral", "moe")
 PROMPT = (5, 6, 7, 8, 9)
+LONG = Sampling(max_new_tokens=200, temperature=0.0, ignore_eos=True)
 KV = 4096 * 4096
 
 
@@ -307,6 +310,126 @@ def test_a_model_that_cannot_come_from_an_image_comes_from_its_files(
     (path,) = images(store)
     assert "meta tensor" in _open(path).contents.unfit
     assert says(engine, "llama", checkpoints / "llama") == wanted, "nor is it tried again"
+
+
+@pytest.fixture
+def parking(bare: Any, store: WeightStore) -> Iterator["WarmEngine"]:
+    """Keeps two models that have left."""
+    from chimera.engine.sglang.warm import WarmEngine
+
+    engine = WarmEngine(bare, store, Parking(models=2))
+    yield engine
+    engine.deactivate()
+    engine._shelf.clear("the test is over")
+    assert not torch.distributed.is_initialized(), "nothing is left of any of them"
+
+
+def visit(engine: "WarmEngine", name: str, folder: Path, tokens: int = 4) -> tuple[int, ...]:
+    engine.activate(model(name, str(folder)), gpu_ids=(0,), kv_bytes=KV, ceiling_bytes=2 * KV)
+    said = engine.ask(PROMPT, tokens)
+    engine.deactivate()
+    return said
+
+
+def on_shelf(engine: "WarmEngine") -> set[str]:
+    return set(engine.remains(0).models)
+
+
+def test_a_model_that_returns_is_bound_again_and_not_built(
+    parking: "WarmEngine", bare: Any, checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = {name: visit(parking, name, checkpoints / name) for name in ("llama", "moe")}
+    with monkeypatch.context() as patch:
+        patch.setattr(bare, "activate", lambda *_, **__: pytest.fail("it was built again"))
+        for _ in range(3):
+            for name, wanted in first.items():
+                assert visit(parking, name, checkpoints / name) == wanted
+    assert on_shelf(parking) == {"llama", "moe"}
+
+
+def test_a_parked_model_has_no_cache_memory(parking: "WarmEngine", checkpoints: Path) -> None:
+    visit(parking, "llama", checkpoints / "llama")
+    (parked,) = parking._shelf
+    assert parked.what.kv._driver.created_bytes == 0
+    assert parking._bare.holding() is None
+    parking.activate(parked.berth.model, gpu_ids=(0,), kv_bytes=KV, ceiling_bytes=2 * KV)
+    holding = parking.holding()
+    assert holding is not None and 0 < holding.held_bytes <= KV
+
+
+def test_a_third_model_makes_the_oldest_leave(parking: "WarmEngine", checkpoints: Path) -> None:
+    said = {name: visit(parking, name, checkpoints / name) for name in ("llama", "qwen3")}
+    for parked in parking._shelf:
+        parked.build_s = 1.0  # equals but for their time here
+    visit(parking, "gemma2", checkpoints / "gemma2")
+    assert "llama" not in on_shelf(parking) and len(on_shelf(parking)) == 2
+    assert visit(parking, "llama", checkpoints / "llama") == said["llama"], "it is built again, and right"
+
+
+def test_letting_go_of_one_leaves_the_one_that_is_up_alone(parking: "WarmEngine", checkpoints: Path) -> None:
+    wanted = visit(parking, "qwen3", checkpoints / "qwen3")
+    visit(parking, "moe", checkpoints / "moe")
+    parking.activate(model("qwen3", str(checkpoints / "qwen3")), gpu_ids=(0,), kv_bytes=KV, ceiling_bytes=2 * KV)
+    parking._shelf.clear("room is needed")
+    assert parking.ask(PROMPT, 4) == wanted
+    parking.deactivate()
+    assert visit(parking, "qwen3", checkpoints / "qwen3") == wanted
+
+
+def test_who_leaves_in_the_middle_of_an_answer_is_parked_without_it(parking: "WarmEngine", checkpoints: Path) -> None:
+    wanted = visit(parking, "llama", checkpoints / "llama")
+    parking.activate(model("llama", str(checkpoints / "llama")), gpu_ids=(0,), kv_bytes=KV, ceiling_bytes=2 * KV)
+    with pytest.raises(Leave):
+        parking.serve(Impatient(after=3))
+    assert parking.stats().running == 1
+    parking.deactivate()
+    assert on_shelf(parking) == {"llama"}
+    parking.activate(model("llama", str(checkpoints / "llama")), gpu_ids=(0,), kv_bytes=KV, ceiling_bytes=2 * KV)
+    assert parking.stats().running == 0 and parking.stats().kv_used_tokens == 0
+    assert parking.ask(PROMPT, 4) == wanted
+
+
+def test_other_files_are_another_model(parking: "WarmEngine", llama: Path) -> None:
+    first = visit(parking, "llama", llama)
+    make(MODELS["llama"], llama, seed=1)
+    assert visit(parking, "llama", llama) != first
+
+
+def test_a_parked_model_that_says_something_else_is_not_served(
+    parking: "WarmEngine", store: WeightStore, checkpoints: Path
+) -> None:
+    visit(parking, "llama", checkpoints / "llama")
+    (parked,) = parking._shelf
+    scheduler = parked.what.scheduler
+    weights = next(p for name, p in scheduler.tp_worker.model_runner.model.named_parameters() if "lm_head" in name)
+    with torch.no_grad():
+        weights.copy_(weights.flip(0))  # the mapping is private: nobody else sees it
+    with pytest.raises(CannotServe, match="woke up wrong"):
+        visit(parking, "llama", checkpoints / "llama")
+    assert not on_shelf(parking)
+
+
+class Impatient:
+    """A post that asks for a long answer, and leaves when it has some of it."""
+
+    def __init__(self, after: int) -> None:
+        self._orders: list[Any] = [Submission("r", Payload(input_ids=list(PROMPT), sampling=LONG))]
+        self._left = after
+
+    def collect(self, wait_s: float | None) -> list[Any]:
+        if self._left <= 0:
+            raise Leave
+        orders, self._orders = self._orders, []
+        return orders
+
+    def deliver(self, deltas: list[Any]) -> None:
+        self._left -= len(deltas)
+
+    def fail(self, request_id: str, code: str, message: str) -> None:
+        raise AssertionError(message)
+
+    def give_back(self, request_id: str, reason: str) -> None:
+        raise AssertionError(reason)
 
 
 def _open(path: Path) -> Any:

@@ -276,6 +276,21 @@ def test_close_gives_back_everything_even_what_is_in_use_and_leaving() -> None:
     pool.close()
 
 
+def test_a_vacated_pool_has_its_addresses_and_nothing_else_and_begins_anew() -> None:
+    driver = FakeDriver(GRANULE)
+    pool = pool_of(8, driver=driver)
+    pool.grow(6)
+    alloc(pool, 40)
+    pool.shrink(3)
+    tensors = pool.tensors()
+    pool.vacate()
+    assert (driver.created_bytes, pool.reserve.budget.held_bytes, pool.slots.total) == (0, 0, 0)
+    assert pool.grow(2) == 2
+    assert stripes_of(pool, alloc(pool, 40)) == {0, 1}
+    assert [layer.data_ptr() for layer in pool.tensors()["k"]] == [layer.data_ptr() for layer in tensors["k"]]
+    pool.close()
+
+
 def test_a_closed_pool_answers_every_call_with_an_error() -> None:
     pool = pool_of(4)
     pool.grow(2)

@@ -143,6 +143,13 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool.slots.clear()
         self.rows = []
 
+    @precondition(lambda self: len(self.rows) > 4)
+    @rule()
+    def vacate(self) -> None:
+        self.pool.vacate()
+        self.rows = []
+        assert (self.driver.created_bytes, self.pool.present_stripes) == (0, 0)
+
     def take(self, got: torch.Tensor | None, wanted: int) -> None:
         if got is None:
             self.pool.slots.settle()

@@ -250,6 +250,8 @@ class Agent:
     def _leave(self, gang: Gang, worker: Worker, end: End) -> None:
         """A worker has become EMPTY."""
         gang.leave(worker, end)
+        if isinstance(end, events.ReplicaStopped):
+            worker.parked = end.kept.models
         self._pool.vacate(worker)
         self._note_end(gang)
 

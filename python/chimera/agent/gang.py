@@ -44,6 +44,8 @@ class Worker:
         self.born = 0
         self.settled = False
         """It is EMPTY, or all it was told to be."""
+        self.parked: tuple[str, ...] = ()
+        """Models that would be there at once if they came back."""
         self.missed = False
         """It has outlived the agent before this one, and has not spoken yet."""
 

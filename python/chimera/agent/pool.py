@@ -90,7 +90,7 @@ class WorkerPool:
         """The workers that shall become `activation` when they are told to `start`."""
         members = []
         for _ in activation.seat.gpu_ids:
-            worker = self._free_worker()
+            worker = self._free_worker(activation.model.name)
             worker.activation, worker.started, worker.settled = activation, False, False
             members.append(worker)
         gang = Gang(activation, members, meeting=self._socket.parent / f"{self._prefix}.{activation.epoch}.gang")
@@ -163,9 +163,13 @@ class WorkerPool:
 
     # Forking.
 
-    def _free_worker(self) -> Worker:
-        """One that is there, else one that is being forked, else a new one."""
-        free = sorted((w for w in self._workers.values() if w.free), key=lambda w: w.channel is None)
+    def _free_worker(self, model: str = "") -> Worker:
+        """One in which the model is parked, else one that is there, else one that is being forked, else a new one.
+
+        Whoever comes for the first time goes where the least is parked that may have to make room for it.
+        """
+        free = [worker for worker in self._workers.values() if worker.free]
+        free.sort(key=lambda w: (model not in w.parked, w.channel is None, len(w.parked)))
         return free[0] if free else self._fork()
 
     def _keep_spare(self) -> None:

@@ -15,7 +15,7 @@ from chimera.core.gpu import Gpu
 from chimera.core.snapshot import LOCAL_NAMES, POLICY_NAMES
 from chimera.errors import ConfigError
 from chimera.sched.policies.policy import WarmRules
-from chimera.units import parse_seconds
+from chimera.units import parse_bytes, parse_seconds
 
 PLACEMENT_FILES = (".json", ".yaml", ".yml")
 
@@ -68,6 +68,16 @@ def _configure_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-model-service-workers", type=int, default=1, metavar="N", help="so many at a time (default: %(default)s)"
     )
+    parser.add_argument(
+        "--parked-models",
+        type=int,
+        default=2,
+        metavar="N",
+        help="models that have left a worker and stay there without their memory, to return at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--parked-bytes", metavar="SIZE", help="how much of a GPU they may keep in each worker (default: by their number)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,6 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         count = getattr(arguments, flag[2:].replace("-", "_"))
         if not 1 <= count <= 64:
             raise ConfigError.single(flag, f"{count} workers: 1 to 64 are possible")
+    if not 0 <= arguments.parked_models <= 64:
+        raise ConfigError.single("--parked-models", f"{arguments.parked_models} models: 0 to 64 are possible")
     door.access_of(arguments)  # a fault in it is told before models are looked at
     deployment = _deployment(arguments)
     _make_log_dir(arguments.log_dir)
@@ -109,6 +121,8 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         images=shared,
         async_loading=arguments.async_loading,
         access=door.access_of(arguments),
+        parked_models=arguments.parked_models,
+        parked_bytes=_bytes("--parked-bytes", arguments.parked_bytes),
         spare_workers=arguments.workers_per_gpu * len(deployment.gpus) if arguments.enable_worker_pool else 0,
         prepare_at_once=arguments.num_model_service_workers,
         prepare=tuple(model for model in deployment.models if beforehand and model.name not in seated),
@@ -172,6 +186,13 @@ def _make_log_dir(folder: Path | None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
         raise ConfigError.single("--log-dir", f"{folder}: {fault.strerror}") from None
+
+
+def _bytes(flag: str, text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as fault:
+        raise ConfigError.single(flag, str(fault)) from None
 
 
 def _seconds(text: str) -> float:

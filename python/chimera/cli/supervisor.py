@@ -81,6 +81,9 @@ class Service:
     access: Access = field(default_factory=Access)
     images: Images | None = None
     """Where workers share weights; else each reads its model's files."""
+    parked_models: int = 0
+    """How many that have left a worker stay in it, to be there at once when they return."""
+    parked_bytes: int | None = None
     spare_workers: int = 0
     prepare: tuple[ModelSpec, ...] = ()
     """Models to have an image of, before anybody asks for them."""
@@ -198,6 +201,9 @@ class Supervisor:
             parent += ["--images", str(service.images.folder)]
             if service.images.budget_bytes is not None:
                 parent += ["--images-bytes", str(service.images.budget_bytes)]
+        parent += ["--parked-models", str(service.parked_models)]
+        if service.parked_bytes is not None:
+            parent += ["--parked-bytes", str(service.parked_bytes)]
         front = ["chimera.server", "--run-dir", folder, "--host", service.host, "--port", str(port)]
         front += ["--access", str(self._dir / "access.json")]
         control += service.keeping.words_for_control(self._dir)

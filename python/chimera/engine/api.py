@@ -52,6 +52,24 @@ class CannotServe(ChimeraError):
         super().__init__(reason)
 
 
+class Parking(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker may keep of models that have left, so that they are there at once when they return."""
+
+    models: int = 0
+    nbytes: int | None = None
+    """Of the memory that models run in; `None` leaves it to the number."""
+
+
+NO_PARKING = Parking()
+
+
+class Remains(msgspec.Struct, frozen=True):
+    """What an engine keeps of models that have left."""
+
+    models: tuple[str, ...] = ()
+    nbytes: int = 0
+
+
 class Vitals(msgspec.Struct, frozen=True, kw_only=True):
     """What a model has once it is up."""
 
@@ -127,4 +145,7 @@ class Engine(Protocol):
         """Empty for a pool of fixed size. Cheap: asked once a step."""
 
     def deactivate(self) -> None:
-        """Forget the model; the process is empty again."""
+        """The model leaves, and its memory is back but for what `remains`; the process is empty again."""
+
+    def remains(self, gpu_id: int) -> Remains:
+        """On one GPU. What was kept of a model that is up again counts in the bytes."""

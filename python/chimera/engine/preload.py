@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from chimera.engine.api import CannotServe, Engine
+from chimera.engine.api import NO_PARKING, CannotServe, Engine, Parking
 from chimera.weights.store import WeightStore
 
 log = logging.getLogger(__name__)
@@ -17,17 +17,17 @@ log = logging.getLogger(__name__)
 NAMES = ("sglang", "simulated")
 
 
-def preload(name: str, images: WeightStore | None = None) -> Callable[[], Engine]:
+def preload(name: str, images: WeightStore | None = None, parking: Parking = NO_PARKING) -> Callable[[], Engine]:
     """Import engine `name`; returns how a forked worker makes its own. Must not touch a device: forks could not use it.
 
-    With `images`, weights come from there where the engine has any.
+    With `images`, weights come from there where the engine has any, and models that leave are parked as `parking` says.
     """
     make: Callable[[], Engine]
     match name:
         case "simulated":
             from chimera.engine.simulated import SimulatedEngine as make
         case "sglang":
-            make = _preload_sglang(images)
+            make = _preload_sglang(images, parking)
         case _:
             raise CannotServe(f"there is no engine called {name!r}; there are {', '.join(NAMES)}", permanent=True)
     # What is imported now is never garbage: children neither scan it nor unshare its pages by scanning.
@@ -36,7 +36,7 @@ def preload(name: str, images: WeightStore | None = None) -> Callable[[], Engine
     return make
 
 
-def _preload_sglang(images: WeightStore | None) -> Callable[[], Engine]:
+def _preload_sglang(images: WeightStore | None, parking: Parking) -> Callable[[], Engine]:
     from chimera import standins
     from chimera.engine.sglang import versions
 
@@ -66,7 +66,7 @@ def _preload_sglang(images: WeightStore | None) -> Callable[[], Engine]:
         raise CannotServe("importing SGLang has initialised CUDA, and a forked worker could not use it", permanent=True)
     if threading.active_count() > 1:
         log.warning("threads alive before the first fork: %s", ", ".join(t.name for t in threading.enumerate()))
-    return SglangEngine if images is None else lambda: WarmEngine(SglangEngine(), images)
+    return SglangEngine if images is None else lambda: WarmEngine(SglangEngine(), images, parking)
 
 
 def _hush_sglang() -> None:

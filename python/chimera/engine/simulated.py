@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import msgspec
 
 from chimera.core.model import ModelSpec
-from chimera.engine.api import CannotServe, Holding, Limit, Order, Post, Stats, Submission, Vitals, Withdrawal
+from chimera.engine.api import CannotServe, Holding, Limit, Order, Post, Remains, Stats, Submission, Vitals, Withdrawal
 from chimera.msg.actions import Place
 from chimera.msg.events import Outcome
 from chimera.msg.stream import TokenDelta, TokenLogprobs
@@ -120,6 +120,9 @@ class SimulatedEngine:
     def stats(self) -> Stats:
         used = sum(len(r.submission.payload.input_ids) + r.made for r in self._running.values())
         return Stats(running=len(self._running), queued=len(self._waiting), kv_tokens=self._kv_tokens, kv_used_tokens=used)
+
+    def remains(self, gpu_id: int) -> Remains:
+        return Remains()
 
     def holding(self) -> Holding | None:
         """It has what its requests may come to need; the rest of its level is free to go at once."""

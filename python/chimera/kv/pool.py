@@ -194,6 +194,20 @@ class ElasticPool:
         self.reserve.check()
         return gone
 
+    def vacate(self) -> None:
+        """Give back every stripe, used or not, and keep the addresses: nothing is present, and `grow` begins anew.
+
+        For a moment in which nobody has a slot and no step is in flight.
+        """
+        self._require_open()
+        self.reserve.settle()
+        self._collect()
+        self.slots.vacate()
+        self._fenced.clear()
+        self._states = [StripeState.ABSENT] * self.layout.stripes
+        self.reserve.put(self._arena.unmap_all())
+        self.reserve.trim()
+
     def close(self) -> None:
         """Give back every stripe, used or not, and the addresses. The tensors are dead from here on."""
         if not self._arena.is_open:

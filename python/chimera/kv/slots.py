@@ -188,6 +188,15 @@ class SlotAllocator:
             self._withheld[stripe] = self._rows
         self._set_ready(self._blocks_of(sorted(self._present - self._withheld.keys())))
 
+    def vacate(self) -> None:
+        """No stripe is present any more, whoever had slots there."""
+        self.clear()
+        self._drop_lists()
+        self._withheld.clear()
+        self._present.clear()
+        self._leaving.zero_()
+        self._flat.zero_()
+
     # Stripes that come and go: what the pool calls.
 
     def add(self, stripes: Iterable[int]) -> None:

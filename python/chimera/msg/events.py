@@ -99,12 +99,21 @@ class ReplicaFound(Event, frozen=True, kw_only=True):
         return self.seat.replica
 
 
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker keeps on one GPU of models that have left, so that they are there at once when they return."""
+
+    models: tuple[str, ...] = ()
+    pages: int = 0
+    """Those that would be back at once if they were not kept."""
+
+
 class ReplicaStopped(Event, frozen=True, kw_only=True):
-    """The replica has left its worker, and its pages are back."""
+    """The replica has left its worker, and its pages are back, but for what the worker keeps."""
 
     replica: ReplicaId
     epoch: Epoch
     reason: str
+    kept: Kept = Kept()
 
 
 class ActivationFailed(Event, frozen=True, kw_only=True):

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from chimera.engine.api import CannotServe, Engine
+from chimera.engine.api import CannotServe, Engine, Parking
 from chimera.engine.preload import NAMES, preload
 from chimera.msg.stream import Fork, Forked, Stop
 from chimera.weights.store import WeightStore
@@ -115,13 +115,16 @@ def main() -> int:
     parser.add_argument("--engine", choices=NAMES, default="sglang")
     parser.add_argument("--images", type=Path, metavar="DIR", help="share weights there, as images of the loaded models")
     parser.add_argument("--images-bytes", type=int, metavar="N", help="how much the images may take (default: what is free)")
+    parser.add_argument("--parked-models", type=int, default=0, metavar="N", help="keep so many that have left a worker in it")
+    parser.add_argument("--parked-bytes", type=int, metavar="N", help="and so much of a GPU (default: by their number)")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
     start_logging("parent", arguments.log_level)
     end_with_starter()
     try:
         images = None if arguments.images is None else WeightStore(arguments.images, arguments.images_bytes)
-        make_engine = preload(arguments.engine, images)
+        parking = Parking(models=arguments.parked_models, nbytes=arguments.parked_bytes)
+        make_engine = preload(arguments.engine, images, parking)
     except CannotServe as fault:
         print(fault, file=sys.stderr)
         return 1

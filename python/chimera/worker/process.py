@@ -12,6 +12,7 @@ from pathlib import Path
 
 from chimera.engine.api import CannotServe, Engine, Leave
 from chimera.msg import actions, events, stream
+from chimera.units import ceil_div
 from chimera.worker.following import Following
 from chimera.worker.lease import LeaseDesk
 from chimera.worker.life import Life
@@ -111,6 +112,14 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties) -> bool:
         engine.serve(life)
     engine.deactivate()
     ties.stand_as(None)
-    ties.tell_agent(events.ReplicaStopped(replica=replica, epoch=epoch, reason=life.stop_reason))
+    kept = _kept(engine, order)
+    ties.tell_agent(events.ReplicaStopped(replica=replica, epoch=epoch, reason=life.stop_reason, kept=kept))
     log.info("empty again replica=%s reason=%s", replica, life.stop_reason)
     return life.told_to_stop
+
+
+def _kept(engine: Engine, order: actions.Activate) -> events.Kept:
+    """In the pages of the lease that has ended; without one nobody counts."""
+    remains = engine.remains(order.seat.gpu_ids[0])
+    pages = ceil_div(remains.nbytes, order.leases[0].page_bytes) if order.leases else 0
+    return events.Kept(models=remains.models, pages=pages)

@@ -92,15 +92,11 @@ class ElasticKv:
         )
         if not self._on_cpu:
             reserve.start()
-        self._budget.limit_bytes = max(self._level_bytes, reserve.stripe_bytes)
         where = torch.device(device)
         if where.type == "cuda":
             where = torch.device("cuda", torch.cuda.current_device())  # a tensor over addresses must say which device's
         self._pool = ElasticPool(layout, reserve, block_slots=page_size, device=where, fence=self._fence)
-        try:
-            self._pool.grow(self._wanted_stripes)
-        except DriverError as refusal:
-            raise CannotServe(f"its first KV memory was refused: {refusal}", permanent=False) from refusal
+        self._take_first()
         return self._pool.tensors()
 
     def allocator(self, *, size: int, page_size: int, dtype: torch.dtype, kvcache: Any) -> ElasticAllocator:
@@ -174,6 +170,27 @@ class ElasticKv:
             wanted_bytes=min(max(1, stripes), pool.layout.stripes) * pool.stripe_bytes,
         )
 
+    # While it is parked.
+
+    def park(self) -> None:
+        """Give all memory back; addresses stay, and with them the tensors and graphs that SGLang has over them.
+
+        For an idle engine that has forgotten its prefixes.
+        """
+        if not self._on_cpu:
+            torch.cuda.synchronize()
+        self._budget.limit_bytes = 0
+        self._owned_pool.vacate()
+        self._shown, self._is_there, self.stalled = -1, False, False
+        self._stalled_since_s = math.inf
+
+    def wake(self, level_bytes: int) -> None:
+        """Memory again, as at the start."""
+        self._level_bytes, self._retract_at_s = level_bytes, math.inf
+        self.lost_cached_tokens = 0
+        self._take_first()
+        self._show()
+
     def close(self) -> None:
         """Give everything back. Nobody may touch the tensors any more."""
         if self._allocator is not None:
@@ -186,6 +203,15 @@ class ElasticKv:
         self._driver.close()
 
     # How a level is reached.
+
+    def _take_first(self) -> None:
+        """What there is to be at the start."""
+        pool = self._owned_pool
+        self._budget.limit_bytes = max(self._level_bytes, pool.stripe_bytes)
+        try:
+            pool.grow(self._wanted_stripes)
+        except DriverError as refusal:
+            raise CannotServe(f"its first KV memory was refused: {refusal}", permanent=False) from refusal
 
     @property
     def _owned_pool(self) -> ElasticPool:

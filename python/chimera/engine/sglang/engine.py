@@ -7,22 +7,26 @@ would open sockets.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
+import os
 import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import zmq
-from sglang.srt.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 from sglang.srt.managers import scheduler as scheduler_module
-from sglang.srt.runtime_context import reset_context
 from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang.srt.utils.watchdog import Watchdog
 
 from chimera.core.model import ModelSpec
-from chimera.engine.api import CannotServe, Holding, Post, Stats, Vitals
+from chimera.engine.api import CannotServe, Holding, Leave, Order, Post, Remains, Stats, Vitals
 from chimera.engine.sglang.arguments import server_arguments
 from chimera.engine.sglang.elastic import ElasticKv
 from chimera.engine.sglang.grammars import Grammars
@@ -30,9 +34,15 @@ from chimera.engine.sglang.mailbox import Mailbox
 from chimera.engine.sglang.plugin import elastic_memory
 from chimera.engine.sglang.releases import build
 from chimera.engine.sglang.solitude import alone
+from chimera.engine.sglang.surroundings import Surroundings, forget
 from chimera.msg.actions import Place
+from chimera.msg.stream import TokenDelta
 
 log = logging.getLogger(__name__)
+
+_PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+_SETTLE_WITHIN_S = 0.1
+"""What SGLang may take to let go of requests that are given up; a model that takes longer is not worth keeping."""
 
 
 class _Mailboxed(scheduler_module.Scheduler):  # type: ignore[misc]
@@ -40,6 +50,18 @@ class _Mailboxed(scheduler_module.Scheduler):  # type: ignore[misc]
 
     kv: ElasticKv | None = None
     grammars: Grammars | None = None
+    _results: deque[Any] | None = None
+
+    @property
+    def result_queue(self) -> deque[Any]:
+        """The steps whose results are still to be read."""
+        return self._results if self._results is not None else deque()
+
+    @result_queue.setter
+    def result_queue(self, fresh: deque[Any]) -> None:
+        """SGLang's loop begins with none. Ours is left and entered again, and what was under way still is."""
+        if not self._results:
+            self._results = fresh
 
     def _add_request_to_queue(self, req: Any, *further: Any, **named: Any) -> None:
         """As SGLang's own; here every request passes once its grammar is there."""
@@ -108,12 +130,26 @@ class _Silent:
     recv_pyobj = recv
 
 
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """A model that was up and may be again, with all that SGLang made for it but the memory of its cache."""
+
+    scheduler: _Mailboxed
+    grammars: Grammars
+    kv: ElasticKv
+    surroundings: Surroundings
+    nbytes: int
+    """By how much the process is larger for it."""
+
+
 class SglangEngine:
     def __init__(self) -> None:
         self._on_cpu = not torch.accelerator.is_available()
         self._scheduler: _Mailboxed | None = None
         self._grammars: Grammars | None = None
         self._kv: ElasticKv | None = None
+        self._empty_bytes = 0
+        """What the process had when the model came, and what that had kept while it was set aside."""
 
     def activate(
         self,
@@ -129,6 +165,7 @@ class SglangEngine:
                 "a model over several GPUs needs a gang of workers, which this release cannot form", permanent=True
             )
         started = time.perf_counter()
+        self._empty_bytes = _taken_bytes(on_cpu=self._on_cpu)
         try:
             self._scheduler = self._build(model, gpu_ids, kv_bytes, ceiling_bytes)
         except CannotServe:
@@ -141,10 +178,14 @@ class SglangEngine:
             short = isinstance(fault, MemoryError | torch.OutOfMemoryError)
             raise CannotServe(f"SGLang could not build it: {type(fault).__name__}: {fault}", permanent=not short) from fault
         log.info("built model=%s seconds=%.3f", model.name, time.perf_counter() - started)
+        return self._vitals()
+
+    def _vitals(self) -> Vitals:
+        scheduler = self._require()
         return Vitals(
-            credits=self._scheduler.max_running_requests,
-            kv_tokens=self._scheduler.max_total_num_tokens,
-            context_length=self._scheduler.model_config.context_len,
+            credits=scheduler.max_running_requests,
+            kv_tokens=scheduler.max_total_num_tokens,
+            context_length=scheduler.model_config.context_len,
         )
 
     def _build(self, model: ModelSpec, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None) -> _Mailboxed:
@@ -167,15 +208,18 @@ class SglangEngine:
     def prepare(self, model: ModelSpec, *, gpu_ids: tuple[int, ...]) -> int:
         return 0  # weights are read from the model's files each time
 
-    def serve(self, post: Post) -> None:
+    def serve(self, post: Post, *, abandon: bool = False) -> None:
+        """With `abandon`, whatever SGLang still has from an earlier post is given up first."""
         scheduler = self._require()
-        scheduler.later.mailbox = Mailbox(
+        scheduler.later.mailbox = mailbox = Mailbox(
             post,
             idle=scheduler.is_fully_idle,
             memory=self._kv,
             grammars=self._grammars,
             embeds=not scheduler.is_generation,
         )
+        if abandon:
+            mailbox.abandon()
         try:
             scheduler.run_event_loop()
         finally:
@@ -194,6 +238,9 @@ class SglangEngine:
             lost_cached_tokens=0 if self._kv is None else self._kv.lost_cached_tokens,
         )
 
+    def remains(self, gpu_id: int) -> Remains:
+        return Remains()  # whoever sets a model aside has it
+
     def holding(self) -> Holding | None:
         return None if self._kv is None else self._kv.holding()
 
@@ -210,20 +257,88 @@ class SglangEngine:
         del scheduler, release  # the method holds it too
         self._forget()
 
+    # A model between two visits.
+
+    def set_aside(self) -> Aside | None:
+        """Take the model out of the process as it is, with the memory of its cache given back; EMPTY afterwards.
+
+        `None`, with the model still up, where it cannot be: its cache is not elastic, or SGLang does not come to rest.
+        """
+        scheduler, kv, grammars = self._require(), self._kv, self._grammars
+        if kv is None or grammars is None or not self._settle():
+            return None
+        grammars.settle()
+        scheduler.flush_cache()
+        kv.park()
+        self._scheduler = self._kv = self._grammars = None
+        grown = max(0, _taken_bytes(on_cpu=self._on_cpu) - self._empty_bytes)
+        return Aside(scheduler, grammars, kv, Surroundings(), grown)
+
+    def resume(self, aside: Aside, kv_bytes: int) -> Vitals:
+        """It is up again, as it was but for its cache."""
+        self._empty_bytes = _taken_bytes(on_cpu=self._on_cpu) - aside.nbytes
+        self._scheduler, self._grammars, self._kv = aside.scheduler, aside.grammars, aside.kv
+        aside.surroundings.put_back()
+        try:
+            aside.kv.wake(kv_bytes)
+        except CannotServe:
+            self.deactivate()
+            raise
+        return self._vitals()
+
+    def discard(self, aside: Aside) -> None:
+        """It will not be wanted again. Another model may be up meanwhile."""
+        up = self._scheduler, self._grammars, self._kv, self._empty_bytes, Surroundings()
+        self._scheduler, self._grammars, self._kv = aside.scheduler, aside.grammars, aside.kv
+        aside.surroundings.put_back()
+        self.deactivate()
+        self._scheduler, self._grammars, self._kv, self._empty_bytes, surroundings = up
+        surroundings.put_back()
+
+    def _settle(self) -> bool:
+        """Have SGLang let go of whatever requests it has; whether it has come to rest."""
+        scheduler = self._require()
+        if not scheduler.is_fully_idle():
+            with contextlib.suppress(Leave):
+                self.serve(_Closing(time.monotonic() + _SETTLE_WITHIN_S), abandon=True)
+        return bool(scheduler.is_fully_idle())
+
     def _require(self) -> _Mailboxed:
         assert self._scheduler is not None, "the worker activates before it serves"
         return self._scheduler
 
     def _forget(self) -> None:
-        _forget_process_state()
+        forget()
         gc.collect()
         kv, self._kv = self._kv, None
         if kv is not None:
             kv.close()  # now that nobody is left to touch its tensors
 
 
-def _forget_process_state() -> None:
-    """SGLang's process groups, settings and tables outlive its scheduler; the next model makes its own."""
-    destroy_model_parallel()
-    destroy_distributed_environment()
-    reset_context()
+class _Closing:
+    """A post without orders, that leaves as soon as the engine is at rest, or the time is up."""
+
+    def __init__(self, until_s: float) -> None:
+        self._until_s = until_s
+
+    def collect(self, wait_s: float | None) -> Sequence[Order]:
+        if wait_s != 0.0 or time.monotonic() >= self._until_s:
+            raise Leave
+        return ()
+
+    def deliver(self, deltas: list[TokenDelta]) -> None:
+        """Nobody is left to want them."""
+
+    def fail(self, request_id: str, code: str, message: str) -> None:
+        """Nor to be told."""
+
+    def give_back(self, request_id: str, reason: str) -> None:
+        """All were given back before."""
+
+
+def _taken_bytes(*, on_cpu: bool) -> int:
+    """Of the memory that models run in: on a GPU what torch has taken from it, else what this process alone has."""
+    if not on_cpu:
+        return int(torch.cuda.memory_reserved())
+    pages = Path("/proc/self/statm").read_text().split()
+    return (int(pages[1]) - int(pages[2])) * _PAGE_BYTES

@@ -64,10 +64,14 @@ class Grammars:
         except ValueError as fault:
             req.set_finish_with_abort(f"the answer so far does not keep to the form, so it cannot go on: {fault}")
 
-    def close(self) -> None:
-        """The scheduler is going; a thread that still builds must not hold it."""
+    def settle(self) -> None:
+        """No thread builds any more."""
         if self._building is not None:
             self._building.join()
+
+    def close(self) -> None:
+        """The scheduler is going; a thread that still builds must not hold it."""
+        self.settle()
         self._scheduler = None
 
     def _build(self) -> None:

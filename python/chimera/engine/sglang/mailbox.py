@@ -91,6 +91,10 @@ class Mailbox:
         self._open: dict[str, int] = {}
         """Request id → log-probability alternatives wanted, -1 for none."""
 
+    def abandon(self) -> None:
+        """Whatever requests SGLang has of an earlier post, it shall let go of."""
+        self._incoming.append(AbortReq(abort_all=True))
+
     # As the socket that SGLang reads. Which of the two it calls depends on its own IPC setting.
 
     def recv(self, flags: int = 0) -> bytes:

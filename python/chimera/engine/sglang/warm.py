@@ -13,15 +13,17 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import torch
 
 from chimera.core.model import ModelSpec
 from chimera.core.shape import shape_of
-from chimera.engine.api import CannotServe, Holding, Leave, Order, Post, Stats, Submission, Vitals
-from chimera.engine.sglang.engine import SglangEngine
+from chimera.engine.api import NO_PARKING, CannotServe, Holding, Leave, Order, Parking, Post, Remains, Stats, Submission, Vitals
+from chimera.engine.sglang.engine import Aside, SglangEngine
 from chimera.engine.sglang.images import key_of, loading_from, takes_images, witnessed
+from chimera.engine.sglang.shelf import Berth, Parked, Shelf
 from chimera.errors import WeightsError
 from chimera.msg.actions import Place
 from chimera.msg.stream import Payload, Sampling, TokenDelta
@@ -39,11 +41,19 @@ _CANARY_ROOM_TOKENS = 512
 
 
 class WarmEngine:
-    """An `Engine`. `store` may be shared with any number of other processes."""
+    """An `Engine`. `store` may be shared with any number of other processes.
 
-    def __init__(self, bare: SglangEngine, store: WeightStore) -> None:
+    A model that leaves is parked, if its weights came from an image and its cache is elastic: `parking` says how many are.
+    """
+
+    def __init__(self, bare: SglangEngine, store: WeightStore, parking: Parking = NO_PARKING) -> None:
         self._bare = bare
         self._store = store
+        # Weights on a device have no place yet that they could leave and come back to.
+        most = parking.models if _device_kind() == "cpu" else 0
+        self._shelf: Shelf[Aside] = Shelf(most, parking.nbytes, bare.discard)
+        self._up: _Up | None = None
+        """The model that is up, if it may be parked."""
         self._copier: Copier = copier_for(_device_kind())
         self._engine = f"sglang {importlib.metadata.version('sglang')}, torch {torch.__version__}"
 
@@ -82,6 +92,7 @@ class WarmEngine:
             if image is not None:
                 self._require_right(image)
         except CannotServe:
+            self._up = None
             self._bare.deactivate()
             raise
         return vitals
@@ -96,8 +107,16 @@ class WarmEngine:
                 image = self._image(model, gpu_ids)
         if image is None or image.contents.unfit:
             return self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes), None
+        berth = Berth(model=model, image=image.path.name, gpu_ids=gpu_ids, ceiling_bytes=ceiling_bytes)
+        parked = self._shelf.take(berth)
+        if parked is not None and ceiling_bytes is not None:
+            self._up = _Up(berth, parked.build_s, parked.nbytes)
+            return self._bare.resume(parked.what, ceiling_bytes if kv_bytes is None else kv_bytes), image
+        began_s = time.monotonic()
         with _refusing(), loading_from(image, self._copier):
-            return self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes), image
+            vitals = self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
+        self._up = _Up(berth, time.monotonic() - began_s, 0)
+        return vitals, image
 
     def serve(self, post: Post) -> None:
         self._bare.serve(post)
@@ -109,7 +128,19 @@ class WarmEngine:
         return self._bare.holding()
 
     def deactivate(self) -> None:
+        up, self._up = self._up, None
+        if up is not None and self._shelf.most:
+            aside = self._bare.set_aside()
+            if aside is not None:
+                self._shelf.put(Parked(berth=up.berth, what=aside, nbytes=aside.nbytes, build_s=up.build_s))
+                return
         self._bare.deactivate()
+
+    def remains(self, gpu_id: int) -> Remains:
+        parked = [parked for parked in self._shelf if parked.berth.gpu_ids[0] == gpu_id]
+        models = tuple(dict.fromkeys(p.berth.model.name for p in parked))
+        up = self._up.kept_bytes if self._up is not None and self._up.berth.gpu_ids[0] == gpu_id else 0
+        return Remains(models, up + sum(p.nbytes for p in parked))
 
     def takes_image(self, model: ModelSpec) -> bool:
         return takes_images(model) and not model.embedding  # which says nothing that could be compared
@@ -204,6 +235,13 @@ class WarmEngine:
             return image
         log.warning("model=%s loads from its files each time reason=%s", model.name, wrong)
         return self._store.put(key, Contents(key=key.name, model=model.name, data_bytes=0, entries=(), unfit=wrong), [])
+
+
+class _Up(NamedTuple):
+    berth: Berth
+    build_s: float
+    kept_bytes: int
+    """What was kept of it while it was away."""
 
 
 class _Question:
