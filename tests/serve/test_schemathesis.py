@@ -12,7 +12,7 @@ import pytest
 
 from tests.serve.house import house
 
-ENDLESS = ("/models/events", "/models/sse")
+ENDLESS = ("/models/events", "/models/sse", "/sight")
 CHECKS = "no_fault,status_code_conformance,content_type_conformance,response_schema_conformance"
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
+from chimera.control.lookout import Lookout
 from chimera.core.gpu import Gpu
 from chimera.core.ledger_view import GpuLedgerView
 from chimera.core.measures import Measures
 from chimera.core.model import ModelSpec
-from chimera.core.record import RequestRecord
+from chimera.core.record import Entry, RequestRecord
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
 from chimera.core.snapshot import ReplicaView, Snapshot
@@ -152,6 +153,10 @@ class Rehearsal:
         self.cancelled: News[str] = News()
         self.records: News[RequestRecord] = News()
         self.measures = Measures()
+        self.lookout = Lookout(0.0)
+        self.sights = 0
+        """How often somebody asked for one."""
+        self.news: list[tuple[int, Entry]] = []
         self.worker = self.another_worker(run_dir)
         self.serving: list[ReplicaId] = [ReplicaId(models[0].name)]
         self.fronts: list[Channel] = []
@@ -240,6 +245,13 @@ class Rehearsal:
                 self.measures.tally = tally
             case stream.MeasuresWanted():
                 channel.send(stream.MeasuresTaken(measures=self.measures, snapshot=self.snapshot()))
+            case stream.SightWanted(cast=cast, after=after):
+                self.sights += 1
+                self.lookout.note(self.snapshot(), self.measures)
+                news = [(number, entry) for number, entry in self.news if number > after]
+                channel.send(stream.SightTaken(sight=self.lookout.sight(self.snapshot(), news, cast=cast)))
+            case stream.PastWanted():
+                channel.send(stream.PastTaken(past=self.lookout.past(self.snapshot(), self.news)))
             case stream.Cancel(request_id=request_id):
                 self.cancelled.put_nowait(request_id)
             case stream.Enqueue():

@@ -14,11 +14,13 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from chimera.control.lookout import Lookout
 from chimera.control.telemetry import Telemetry
 from chimera.control.witness import Witness
 from chimera.core.measures import Measures
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement
+from chimera.core.record import Entry
 from chimera.core.replica import ReplicaId, ReplicaState
 from chimera.msg import actions, events, stream
 from chimera.msg.actions import Action
@@ -33,6 +35,8 @@ from chimera.wire.vigil import Vigil
 log = logging.getLogger(__name__)
 
 MOST_STRAY = 1024
+NOTED_EVERY_S = 1.0
+"""How fine the past is that viewers are shown."""
 
 News = events.ReplicaReady | events.ReplicaStopped | events.ActivationFailed | events.WorkerLost
 """What command-line clients that stay connected are told, beginning with the newest of each replica; and every front-end's
@@ -77,6 +81,8 @@ class Exchange:
         """Empty where nobody counts."""
         self._server: Server | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._lookout = Lookout(time.time() - time.monotonic())
+        self._noting: asyncio.TimerHandle | None = None
         self._telemetry = Telemetry()
         self._parted = asyncio.Event()
         self._fronts: dict[str, _Front] = {}
@@ -94,6 +100,7 @@ class Exchange:
         for model in self._models.values():
             self._decide(events.ModelRegistered(model=model))
         self._server = await serve(self._socket, self._greet)
+        self._note()
 
     async def wait_until_alone(self) -> None:
         """Until the last front-end and the last agent are gone."""
@@ -102,8 +109,9 @@ class Exchange:
             await self._parted.wait()
 
     async def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._noting):
+            if timer is not None:
+                timer.cancel()
         for front in self._fronts.values():
             front.vigil.close()
         self._agents.clear()  # their connections end because we go, not they
@@ -235,6 +243,10 @@ class Exchange:
                 channel.send(self._measures())
             case stream.SnapshotWanted():
                 channel.send(self._snapshot())
+            case stream.SightWanted(cast=cast, after=after):
+                channel.send(self._sight(cast, after))
+            case stream.PastWanted():
+                channel.send(stream.PastTaken(past=self._lookout.past(self._snapshot().snapshot, self._since(0))))
             case events.LoadWanted() | events.UnloadWanted():
                 self._decide(message)
             case events.PolicyChosen(policy=policy, local=local) if policy in (None, "static") or self._has_costs:
@@ -335,8 +347,25 @@ class Exchange:
         self._stray.append(cancel)
 
     def _measures(self) -> stream.MeasuresTaken:
-        measures = Measures() if self._witness is None else self._witness.measures()
-        return stream.MeasuresTaken(measures=measures, snapshot=self._snapshot().snapshot)
+        return stream.MeasuresTaken(measures=self._counted(), snapshot=self._snapshot().snapshot)
+
+    def _counted(self) -> Measures:
+        return Measures() if self._witness is None else self._witness.measures()
+
+    # What viewers see.
+
+    def _note(self) -> None:
+        self._lookout.note(self._snapshot().snapshot, self._counted())
+        self._noting = asyncio.get_running_loop().call_later(NOTED_EVERY_S, self._note)
+
+    def _sight(self, cast: int, after: int) -> stream.SightTaken:
+        fault = "" if self._witness is None else self._witness.fault
+        return stream.SightTaken(
+            sight=self._lookout.sight(self._snapshot().snapshot, self._since(after), cast=cast, fault=fault)
+        )
+
+    def _since(self, number: int) -> list[tuple[int, Entry]]:
+        return [] if self._witness is None else self._witness.since(number)
 
     def _snapshot(self) -> stream.SnapshotTaken:
         return stream.SnapshotTaken(snapshot=self._telemetry.overlay(self.scheduler.snapshot(time.monotonic())))

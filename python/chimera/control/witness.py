@@ -21,6 +21,8 @@ from chimera.records.scribe import Row, Scribe
 
 _RECENT = 256
 """The newest entries, for viewers that have just come."""
+LEASES = ("grant", "recall")
+"""Entries that would drown the others there; in the store they are."""
 
 
 class Witness:
@@ -36,7 +38,8 @@ class Witness:
         """Of those that are gone: a sum never falls because somebody left."""
         self._lost_tokens: dict[tuple[ReplicaId, Epoch], int] = {}
         self._recent: deque[tuple[int, Entry]] = deque(maxlen=_RECENT)
-        self._numbered = 0
+        self._numbered = round(time.time() * 1000)
+        """The newest entry's number; a later control's are always larger."""
 
     def start(self) -> None:
         if self._keeper is not None:
@@ -88,12 +91,12 @@ class Witness:
         kept, lost = (0, 0) if keeper is None else (keeper.kept, keeper.lost)
         return msgspec.structs.replace(self._scribe.measures, tally=tally, records_kept=kept, records_lost=lost)
 
-    def since(self, number: int) -> tuple[int, tuple[Entry, ...]]:
-        """The entries after that number, and the number of the newest."""
-        return self._numbered, tuple(entry for known, entry in self._recent if known > number)
+    def since(self, number: int) -> list[tuple[int, Entry]]:
+        """The newest entries after that number, each with its own."""
+        return [one for one in self._recent if one[0] > number]
 
     def _keep(self, row: Row) -> None:
-        if isinstance(row, Entry):
+        if isinstance(row, Entry) and row.what not in LEASES:
             self._numbered += 1
             self._recent.append((self._numbered, row))
         if self._keeper is not None:

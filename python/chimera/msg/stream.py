@@ -16,6 +16,7 @@ from chimera.core.model import ModelSpec
 from chimera.core.record import Entry, RequestRecord
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
+from chimera.core.sight import Past, Sight
 from chimera.core.snapshot import Snapshot
 from chimera.msg.actions import Activate, Route
 from chimera.msg.events import Outcome, ReplicaReady
@@ -255,6 +256,27 @@ class SnapshotWanted(Stream, frozen=True, kw_only=True):
 
 class SnapshotTaken(Stream, frozen=True, kw_only=True):
     snapshot: Snapshot
+
+
+class SightWanted(Stream, frozen=True, kw_only=True):
+    """Ask control for the newest second, as viewers see it."""
+
+    cast: int = 0
+    """The number of the cast that is known."""
+    after: int = 0
+    """The number of the newest entry that is known."""
+
+
+class SightTaken(Stream, frozen=True, kw_only=True):
+    sight: Sight
+
+
+class PastWanted(Stream, frozen=True, kw_only=True):
+    """Ask control for the last minutes, for a viewer who has just come."""
+
+
+class PastTaken(Stream, frozen=True, kw_only=True):
+    past: Past
 
 
 class Stop(Stream, frozen=True, kw_only=True):

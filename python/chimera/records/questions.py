@@ -102,6 +102,22 @@ class RequestAccount(msgspec.Struct, frozen=True, kw_only=True, tag_field="of", 
         return [(name, a, b) for name, a, b in found if b > a]
 
 
+class RequestLine(msgspec.Struct, frozen=True, kw_only=True):
+    """One request in a list of them."""
+
+    request: str
+    model: str
+    arrived_s: float
+    first_token_s: float | None
+    ended_s: float
+    prompt_tokens: int
+    output_tokens: int
+    outcome: str
+    kept: bool
+    """Both promises."""
+    tries: int
+
+
 class ModelStatistics(msgspec.Struct, frozen=True, kw_only=True):
     """One model's requests over a stretch of time."""
 
@@ -184,11 +200,25 @@ def house(store: sqlite3.Connection, since_s: float, until_s: float) -> Account:
     return _account(store, "", since_s, until_s)
 
 
-def recent_requests(store: sqlite3.Connection, most: int, model: str = "") -> list[dict[str, Any]]:
+def recent_requests(store: sqlite3.Connection, most: int, model: str = "") -> tuple[RequestLine, ...]:
+    """The newest first."""
     where, values = ("WHERE model = ?", (model, most)) if model else ("", (most,))
-    columns = "request, model, arrived, first_token, ended, prompt_tokens, output_tokens, outcome, kept_ttft, kept_tpot, tries"
-    rows = store.execute(f"SELECT {columns} FROM requests {where} ORDER BY arrived DESC LIMIT ?", values)
-    return [dict(row) for row in rows]
+    rows = store.execute(f"SELECT * FROM requests {where} ORDER BY arrived DESC LIMIT ?", values)
+    return tuple(
+        RequestLine(
+            request=row["request"],
+            model=row["model"],
+            arrived_s=row["arrived"],
+            first_token_s=row["first_token"],
+            ended_s=row["ended"],
+            prompt_tokens=row["prompt_tokens"],
+            output_tokens=row["output_tokens"],
+            outcome=row["outcome"],
+            kept=bool(row["kept_ttft"] and row["kept_tpot"]),
+            tries=row["tries"],
+        )
+        for row in rows
+    )
 
 
 def statistics(store: sqlite3.Connection, since_s: float, until_s: float, model: str = "") -> tuple[ModelStatistics, ...]:
@@ -226,12 +256,6 @@ def statistics(store: sqlite3.Connection, since_s: float, until_s: float, model:
         )
         for row in rows
     )
-
-
-def newest(store: sqlite3.Connection, most: int) -> tuple[Happening, ...]:
-    """The end of the action log, oldest first; leases left out, which would drown the rest."""
-    rows = store.execute("SELECT * FROM entries WHERE what NOT IN ('grant', 'recall') ORDER BY id DESC LIMIT ?", (most,))
-    return _told(store, list(reversed(rows.fetchall())))
 
 
 def _account(store: sqlite3.Connection, model: str, since_s: float, until_s: float) -> Account:

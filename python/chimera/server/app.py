@@ -30,6 +30,7 @@ from chimera.server.bodies import MAX_BODY_BYTES, json_response, read_body
 from chimera.server.catalogue import Catalogue
 from chimera.server.chat import ChatChunk, ChatCompletion, ChatRequest
 from chimera.server.completions import CompletionObject, CompletionRequest
+from chimera.server.dashboard import Dashboard
 from chimera.server.desk import Desk
 from chimera.server.embeddings import EmbeddingRequest, Embeddings, Encoded, EncodeRequest
 from chimera.server.errors import error_response, refusal_response
@@ -99,6 +100,7 @@ class App:
         self._relay = relay
         self._operator = Operator(catalogue, relay)
         self._observatory = Observatory(catalogue, relay, records)
+        self.dashboard = Dashboard(relay)
         self._document = b""
 
     def routes(self) -> list[Route]:
@@ -189,7 +191,14 @@ class App:
                 gives=ModelCard,
                 fails=ABOUT_A_MODEL,
             ),
-            Route(method="GET", path="/health", what="Whether requests are taken", handler=self._health, gives=Health),
+            Route(
+                method="GET",
+                path="/health",
+                what="Whether requests are taken",
+                handler=self._health,
+                gives=Health,
+                open=True,  # load balancers have no key
+            ),
             Route(
                 method="GET",
                 path="/health_generate",
@@ -222,7 +231,7 @@ class App:
                 gives=dict[str, Any],
             ),
         ]
-        return mine + self._operator.routes() + self._observatory.routes()
+        return mine + self._operator.routes() + self._observatory.routes() + self.dashboard.routes()
 
     def build(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_in_one_shape, self._gate.middleware])

@@ -84,10 +84,11 @@ class FrontEnd:
         self._relay = Relay(run_dir, name, self.catalogue, self.desk, self._account)
         self._name = name
         self._listener = listener
-        app = App(self.catalogue, self.desk, self._relay, Gate(access), self._account, records).build()
+        app = App(self.catalogue, self.desk, self._relay, Gate(access), self._account, records)
+        self.dashboard = app.dashboard
         # Cancelled handlers are how a client that leaves is noticed.
         self._runner = web.AppRunner(
-            app,
+            app.build(),
             access_log=None,
             handler_cancellation=True,
             shutdown_timeout=_LAST_WORDS_S,

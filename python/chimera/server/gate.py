@@ -18,8 +18,6 @@ from chimera.core.access import Access, ApiKey, hash_of
 from chimera.errors import RequestError
 from chimera.server.routes import Route
 
-_OPEN_PATHS = {"/health"}
-"""For load balancers, which have no key; says nothing about anybody."""
 _MINUTE_S = 60.0
 
 
@@ -88,10 +86,13 @@ class Gate:
         self._guests = [Guest(key, access.share, now) for key in access.keys]
         self._origins = frozenset(access.cors_origins)
         self._guarded: tuple[Route, ...] = ()
+        self._open: tuple[Route, ...] = ()
 
     def guard(self, routes: Iterable[Route]) -> None:
-        """What is an operator's."""
+        """What is an operator's, and what is anybody's."""
+        routes = list(routes)
         self._guarded = tuple(route for route in routes if route.admin)
+        self._open = tuple(route for route in routes if route.open)
 
     @web.middleware
     async def middleware(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -111,7 +112,7 @@ class Gate:
         admin = any(route.is_at(http.method, http.path) for route in self._guarded)
         if admin and origin is not None and not self._knows(origin) and not _same_site(origin, http.host):
             raise RequestError("permission_denied", "pages of other sites may not give orders here")
-        if not self._guests or http.path in _OPEN_PATHS:
+        if not self._guests or any(route.is_at(http.method, http.path) for route in self._open):
             return ANYONE
         guest = self._guest(_key_in(http))
         if admin and not guest.key.admin:

@@ -19,7 +19,7 @@ from aiohttp import web
 
 from chimera.errors import ConfigError, RequestError
 from chimera.records import questions
-from chimera.records.questions import Account, RequestAccount
+from chimera.records.questions import MOST_LINES, Account, RequestAccount, RequestLine
 from chimera.records.store import open_to_read
 from chimera.server import metrics
 from chimera.server.bodies import json_response
@@ -53,6 +53,14 @@ class Observatory:
                 gives=RequestAccount | Account,
                 fails=(400, 404),
             ),
+            Route(
+                method="GET",
+                path="/requests",
+                what="The requests that ended last (`most=50`), maybe of one model (`model=`); `/explain` tells of each",
+                handler=self._requests,
+                gives=tuple[RequestLine, ...],
+                fails=(400, 404),
+            ),
         ]
 
     async def _metrics(self, http: web.Request) -> web.Response:
@@ -75,6 +83,21 @@ class Observatory:
         elif isinstance(account, Account):
             account = _allowed(account, guest)
         return json_response(account)
+
+    async def _requests(self, http: web.Request) -> web.Response:
+        words = http.query
+        if unknown := set(words) - {"model", "most"}:
+            raise RequestError("bad_request", f"{', '.join(sorted(unknown))}: ask by model and most")
+        most = words.get("most", "50")
+        if not most.isdecimal() or not 1 <= int(most) <= MOST_LINES:
+            raise RequestError("bad_request", f"most: a number from 1 to {MOST_LINES}", param="most")
+        lines = await asyncio.to_thread(self._ended, int(most), words.get("model", ""))
+        allows = http[GUEST].key.allows
+        return json_response([line for line in lines if allows(line.model)])
+
+    def _ended(self, most: int, model: str) -> tuple[RequestLine, ...]:
+        with self._store() as store:
+            return questions.recent_requests(store, most, model)
 
     def _ask(self, question: Question) -> RequestAccount | Account:
         with self._store() as store:

@@ -9,13 +9,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 from chimera.core.measures import Measures
+from chimera.core.sight import Past, Sight
 from chimera.core.snapshot import Snapshot
 from chimera.errors import ProtocolError, RequestError
 from chimera.msg.actions import Reject, Requeue
 from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, UnloadWanted
-from chimera.msg.stream import Hello, MeasuresTaken, MeasuresWanted, ReplicaNews, SnapshotTaken, SnapshotWanted
+from chimera.msg.stream import (
+    Hello,
+    MeasuresTaken,
+    MeasuresWanted,
+    PastTaken,
+    PastWanted,
+    ReplicaNews,
+    SightTaken,
+    SightWanted,
+    SnapshotTaken,
+    SnapshotWanted,
+)
 from chimera.server.account import Account
 from chimera.server.catalogue import Catalogue
 from chimera.server.desk import Desk
@@ -23,7 +36,7 @@ from chimera.wire.channel import Channel, Server, serve
 from chimera.wire.codec import Message
 from chimera.wire.link import Link
 
-_SNAPSHOT_WITHIN_S = 5.0
+_ANSWER_WITHIN_S = 5.0
 
 _MOST_UNREAD_NEWS = 1024
 """A watcher that leaves more unread is gone."""
@@ -32,6 +45,7 @@ News = ReplicaNews | Reject | None
 """Of replicas; the refusal of an order; or nothing, because control went away."""
 
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class Watch:
@@ -59,10 +73,8 @@ class Relay:
         )
         self.in_touch = False
         """Control is there, and has told of all its models since it came."""
-        self._snapshot: asyncio.Future[Snapshot] | None = None
-        """What everyone who asked for the system's state waits for."""
-        self._measures: asyncio.Future[tuple[Measures, Snapshot]] | None = None
-        """The same for what has been counted."""
+        self._asked: dict[type, asyncio.Future[Any]] = {}
+        """What everyone who asked control for something waits for, by the kind of its answer."""
         self._watches: set[Watch] = set()
 
     async def start(self) -> None:
@@ -76,31 +88,36 @@ class Relay:
 
     async def snapshot(self) -> Snapshot:
         """The state of the whole system, from control."""
-        if not self._control.up:
-            raise RequestError("service_unavailable", "the server's control process is away", retry_after_s=1)
-        if self._snapshot is None:
-            self._snapshot = asyncio.get_running_loop().create_future()
-            self._control.send(SnapshotWanted())
-        try:
-            async with asyncio.timeout(_SNAPSHOT_WITHIN_S):
-                return await asyncio.shield(self._snapshot)
-        except TimeoutError:
-            raise RequestError("gateway_timeout", f"control said nothing for {_SNAPSHOT_WITHIN_S:g} s") from None
+        return (await self._ask(SnapshotWanted(), SnapshotTaken)).snapshot
 
     async def measures(self) -> tuple[Measures, Snapshot]:
         """All that the whole server has counted, what happened here up to now included."""
+        if self._account is not None and MeasuresTaken not in self._asked:
+            self._account.tell()
+        taken = await self._ask(MeasuresWanted(), MeasuresTaken)
+        return taken.measures, taken.snapshot
+
+    async def sight(self, *, cast: int, after: int) -> Sight:
+        """The newest second, as viewers see it."""
+        return (await self._ask(SightWanted(cast=cast, after=after), SightTaken)).sight
+
+    async def past(self) -> Past:
+        """The last minutes, for a viewer who has just come."""
+        return (await self._ask(PastWanted(), PastTaken)).past
+
+    async def _ask(self, question: Message, kind: type[T]) -> T:
+        """Control's answer; who asks while it is on its way waits for the same one."""
         if not self._control.up:
             raise RequestError("service_unavailable", "the server's control process is away", retry_after_s=1)
-        if self._measures is None:
-            if self._account is not None:
-                self._account.tell()
-            self._measures = asyncio.get_running_loop().create_future()
-            self._control.send(MeasuresWanted())
+        future: asyncio.Future[T] | None = self._asked.get(kind)
+        if future is None:
+            future = self._asked[kind] = asyncio.get_running_loop().create_future()
+            self._control.send(question)
         try:
-            async with asyncio.timeout(_SNAPSHOT_WITHIN_S):
-                return await asyncio.shield(self._measures)
+            async with asyncio.timeout(_ANSWER_WITHIN_S):
+                return await asyncio.shield(future)
         except TimeoutError:
-            raise RequestError("gateway_timeout", f"control said nothing for {_SNAPSHOT_WITHIN_S:g} s") from None
+            raise RequestError("gateway_timeout", f"control said nothing for {_ANSWER_WITHIN_S:g} s") from None
 
     def tell(self, message: Message) -> bool:
         """Whether control is there to hear it."""
@@ -142,10 +159,8 @@ class Relay:
         for watch in self._watches:
             watch.tell(None)
         gone = RequestError("service_unavailable", "the server's control process went away", retry_after_s=1)
-        if self._snapshot is not None:
-            self._settle_snapshot().set_exception(gone)
-        if self._measures is not None:
-            self._settle_measures().set_exception(gone)
+        for kind in list(self._asked):
+            self._settle(kind).set_exception(gone)
 
     def _on_control(self, message: Message) -> None:
         match message:
@@ -164,23 +179,19 @@ class Relay:
             case SnapshotTaken(snapshot=snapshot):
                 self._catalogue.keep_only(model.name for model in snapshot.models)
                 self.in_touch = True
-                if self._snapshot is not None:
-                    self._settle_snapshot().set_result(snapshot)
-            case MeasuresTaken(measures=measures, snapshot=snapshot) if self._measures is not None:
-                self._settle_measures().set_result((measures, snapshot))
+                self._answered(message)
+            case MeasuresTaken() | SightTaken() | PastTaken():
+                self._answered(message)
             case _:
                 _log.debug("control sent a %s, which is not for a front-end", type(message).__name__)
 
-    def _settle_snapshot(self) -> asyncio.Future[Snapshot]:
-        assert self._snapshot is not None
-        future, self._snapshot = self._snapshot, None
-        future.add_done_callback(lambda done: done.exception())  # whoever waited may have left
-        return future
+    def _answered(self, answer: Message) -> None:
+        if type(answer) in self._asked:
+            self._settle(type(answer)).set_result(answer)
 
-    def _settle_measures(self) -> asyncio.Future[tuple[Measures, Snapshot]]:
-        assert self._measures is not None
-        future, self._measures = self._measures, None
-        future.add_done_callback(lambda done: done.exception())
+    def _settle(self, kind: type) -> asyncio.Future[Any]:
+        future = self._asked.pop(kind)
+        future.add_done_callback(lambda done: done.exception())  # whoever waited may have left
         return future
 
     def _worker_came(self, channel: Channel) -> None:

@@ -46,6 +46,8 @@ class Route:
     """Statuses beside those that every route has."""
     admin: bool = False
     """Asks for an operator's key."""
+    open: bool = False
+    """Asks for no key, also where there are some; so it says nothing about anybody."""
 
     def is_at(self, method: str, path: str) -> bool:
         return method == self.method and self._pattern.fullmatch(path) is not None

@@ -76,6 +76,10 @@ Message = (
     | stream.MeasuresTaken
     | stream.SnapshotWanted
     | stream.SnapshotTaken
+    | stream.SightWanted
+    | stream.SightTaken
+    | stream.PastWanted
+    | stream.PastTaken
     | stream.Stop
 )
 
