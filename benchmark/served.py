@@ -34,6 +34,7 @@ def served(placement: dict[str, Any], *flags: str, cores: Collection[int] | None
         process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=pinned)
         late = threading.Timer(READY_WITHIN_S, process.send_signal, [signal.SIGINT])
         late.start()
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or a stopped script would leave its server behind
         assert process.stdout is not None
         try:
             yield _address(process.stdout, late)
@@ -44,6 +45,7 @@ def served(placement: dict[str, Any], *flags: str, cores: Collection[int] | None
                 process.send_signal(signal.SIGINT)
             process.wait()
             process.stdout.close()
+            signal.signal(signal.SIGTERM, before)
 
 
 def _address(lines: Iterator[str], late: threading.Timer) -> str:

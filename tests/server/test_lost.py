@@ -7,6 +7,8 @@ import json
 from typing import Any
 
 import aiohttp
+import pytest
+from aiohttp import web
 from chimera.msg.events import Outcome
 
 from tests.server.conftest import Stage, until
@@ -54,6 +56,18 @@ async def test_a_client_that_leaves_cancels_its_request(stage: Stage) -> None:
     streaming.response.close()
     assert await stage.rehearsal.cancelled.get() == request.request_id
     assert stage.front.desk.open_answers == 0
+
+
+async def test_a_client_that_left_before_the_headers_is_no_fault_of_ours(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def gone(self: web.StreamResponse, request: web.BaseRequest) -> None:
+        raise aiohttp.ClientConnectionResetError("Cannot write to closing transport")
+
+    monkeypatch.setattr(web.StreamResponse, "prepare", gone)
+    with pytest.raises(aiohttp.ServerDisconnectedError):
+        await stage.client.post(stage.url + CHAT, json={**ASK, "stream": True})
+    assert [record.message for record in caplog.records if record.levelname == "ERROR"] == []
 
 
 async def test_a_client_that_leaves_before_the_first_token_cancels_too(stage: Stage) -> None:

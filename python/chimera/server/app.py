@@ -448,8 +448,8 @@ async def _in_one_shape(request: web.Request, handler: Handler) -> web.StreamRes
         return error_response(error, request.path)
     except web.HTTPException as refusal:
         return refusal_response(refusal, request.path)
-    except ConnectionError:  # the client left while we wrote; nobody is there to be answered
-        raise
+    except ConnectionError:  # the client left while we wrote: this goes nowhere, and aiohttp does not log it as a fault of ours
+        return web.Response(status=499)
     except Exception:  # noqa: BLE001 - the outermost frame of one request; the others, and the process, go on
         _log.exception("fault while answering %s %s", request.method, request.path)
         mistake = RequestError("internal_error", "the server made a mistake; its log has the details")
