@@ -11,6 +11,7 @@ from chimera.msg.events import (
     AgentLost,
     ModelRegistered,
     ModelRemoved,
+    PlacementChanged,
     ReplicaStopped,
     RequestCancelled,
     Woke,
@@ -411,7 +412,8 @@ def test_a_model_removed_between_two_lives_takes_back_what_waits_for_the_next(co
 
 def test_a_model_that_returns_while_it_drains_is_started_again_afterwards(serving: Watched) -> None:
     serving.on(ModelRemoved(model="a"))
-    assert serving.on(ModelRegistered(model=model("a"))) == []
+    back = PlacementChanged(models=(model("a"),), seats=(seat("a"),), reason="the operator has it back")
+    assert serving.on(back) == []
     assert serving.on(arrived("x")) == []
     assert words(serving.on(ReplicaStopped(replica=ReplicaId("a"), epoch=E1, reason="drained"))) == ["Activate a/0"]
     assert words(serving.on(ready("a", E2))) == ["Route x a/0"]

@@ -21,6 +21,7 @@ VERBS = {
     "load": "bring a model up on a running server",
     "unload": "take a model down on a running server",
     "pin": "keep a model from leaving once it runs",
+    "reload": "have a running server read its placement file again",
     "keys": "make an API key",
     "status": "what a running server holds and does",
     "memory": "who holds how much of each GPU",

@@ -6,8 +6,12 @@ import argparse
 import asyncio
 from pathlib import Path
 
+import msgspec
+
 from chimera.cli import costs, door, images, keeping
-from chimera.cli.supervisor import Service, Supervisor
+from chimera.cli.filing import Filing, roots_of
+from chimera.cli.service import Service
+from chimera.cli.supervisor import Supervisor
 from chimera.config.deployment import Deployment, deployment_of_models, load_placement
 from chimera.config.nvml import read_nvml
 from chimera.config.virtual_gpus import PAGE_BYTES, default_virtual_gpus, parse_virtual_gpus
@@ -43,6 +47,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-dir", type=Path, help="keep a log of each process, and every decision, in this folder")
     keeping.configure(parser)
     parser.add_argument("--run-dir", type=Path, help="where the sockets go (default: a new private folder)")
+    parser.add_argument(
+        "--model-root",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="where models may lie that are registered over HTTP (default: beside those it starts with)",
+    )
     parser.add_argument(
         "--async-loading", action="store_true", help="say where it listens as soon as it does; requests wait for their models"
     )
@@ -99,13 +111,22 @@ def run(arguments: argparse.Namespace) -> int:
 def _service(arguments: argparse.Namespace, deployment: Deployment, shared: images.Images | None) -> Service:
     seated = {seat.replica.model for seat in deployment.placement.seats}
     # On a real GPU an image is built in the memory of that GPU, which nobody has set aside for it before an activation.
+    policy, local = arguments.policy or deployment.policy or "static", arguments.local or deployment.local
+    file = _placement_file(arguments)
+    filing = Filing(
+        in_force=msgspec.structs.replace(deployment, policy=policy, local=local),
+        file=file,
+        elastic=not arguments.static,
+        roots=roots_of(arguments.model_root, file, deployment),
+        flags=frozenset(name for name in ("policy", "local") if getattr(arguments, name) is not None),
+    )
     beforehand = arguments.enable_model_service and shared is not None and all(gpu.virtual for gpu in deployment.gpus)
     return Service(
         models=deployment.models,
         wanted=deployment.placement,
         gpus=deployment.gpus,
-        policy=arguments.policy or deployment.policy or "static",
-        local=arguments.local or deployment.local,
+        policy=policy,
+        local=local,
         warm=_warm_rules(deployment),
         costs=costs.table_named(arguments.costs or _kind_of(deployment)),
         engine=arguments.engine,
@@ -120,6 +141,7 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         keeping=keeping.of(arguments),
         images=shared,
         async_loading=arguments.async_loading,
+        filing=filing,
         access=door.access_of(arguments),
         parked_models=arguments.parked_models,
         parked_bytes=_bytes("--parked-bytes", arguments.parked_bytes),
@@ -149,12 +171,17 @@ def _say(line: str) -> None:
 
 def _deployment(arguments: argparse.Namespace) -> Deployment:
     gpus = _gpus(arguments)
+    file = _placement_file(arguments)
+    if file is None:
+        return deployment_of_models(arguments.what, gpus)
+    if len(arguments.what) > 1:
+        raise ConfigError.single("serve", f"one placement file, or models; not {file} and {arguments.what[1]}")
+    return load_placement(file, gpus, elastic=not arguments.static)
+
+
+def _placement_file(arguments: argparse.Namespace) -> Path | None:
     first = Path(arguments.what[0])
-    if first.suffix.lower() in PLACEMENT_FILES and not first.is_dir():
-        if len(arguments.what) > 1:
-            raise ConfigError.single("serve", f"one placement file, or models; not {first} and {arguments.what[1]}")
-        return load_placement(first, gpus, elastic=not arguments.static)
-    return deployment_of_models(arguments.what, gpus)
+    return first if first.suffix.lower() in PLACEMENT_FILES and not first.is_dir() else None
 
 
 def _gpus(arguments: argparse.Namespace) -> tuple[Gpu, ...] | None:

@@ -52,7 +52,7 @@ def request(
         connection.close()
 
 
-def order(url: str, path: str, body: dict[str, Any], *, as_json: bool) -> dict[str, Any]:
+def order(url: str, path: str, body: dict[str, Any] | None, *, as_json: bool) -> dict[str, Any]:
     """An operator's verb, and what came of it; printed as it is when `as_json`."""
     with request(url, "POST", path, body) as response:
         document = response.read()

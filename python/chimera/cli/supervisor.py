@@ -1,47 +1,33 @@
 """The process behind `chimera serve`: starts the others, starts again those that die, and lets nobody outlive it.
 
 Owns the processes, the run directory and the port. Serves nothing itself and decides nothing about models; it reads the news
-from control only to tell how the start goes. Workers are not its children but come to it when their parent dies, so at the
-end it can make sure of everyone.
+from control to tell how the start goes, and the operator's files when it is asked to. Workers are not its children but come to
+it when their parent dies, so at the end it can make sure of everyone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import ssl
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
-
-import msgspec
 
 from chimera.cli import port as port_of
 from chimera.cli import run_dir
-from chimera.cli.images import Images
-from chimera.cli.keeping import Keeping
-from chimera.control.charge import Charge
-from chimera.core.access import Access
+from chimera.cli.cast import cast, write_down
+from chimera.cli.children import Child, become_subreaper, child_pids
+from chimera.cli.refiling import Refiling
+from chimera.cli.service import Service
 from chimera.core.gpu import Gpu
-from chimera.core.model import ModelSpec
-from chimera.core.placement import Placement
 from chimera.core.replica import ReplicaId
 from chimera.msg.events import ActivationFailed, ReplicaReady
-from chimera.msg.stream import Hello
-from chimera.sched.cost import CostTable
-from chimera.sched.policies.policy import WarmRules
+from chimera.msg.stream import EntryFiled, Hello, ReloadWanted
 from chimera.wire.codec import Message
 from chimera.wire.link import Link
-
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 
 SHORT_LIFE_S = 5.0
 MOST_SHORT_LIVES = 5
@@ -52,60 +38,6 @@ LEAVE_S = 5.0
 ASK_AGAIN_S = 0.05
 PORT_IN_USE = 2
 """The exit status by which a front-end says so."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Service:
-    """What is to be served, and how."""
-
-    models: tuple[ModelSpec, ...]
-    wanted: Placement
-    gpus: tuple[Gpu, ...]
-    policy: str = "static"
-    local: str | None = None
-    warm: WarmRules = field(default_factory=WarmRules)
-    costs: CostTable | None = None
-    engine: str = "sglang"
-    elastic: bool = True
-    """KV pools share what is free beside the weights; else each has its own, reserved."""
-    host: str = "127.0.0.1"
-    port: int = 8000
-    fronts: int = 1
-    drain_s: float = 30.0
-    log_level: str = "warning"
-    log_dir: Path | None = None
-    """Where logs and decisions are kept; else logs go to standard error and decisions go with the run directory."""
-    run_dir: Path | None = None
-    keeping: Keeping = field(default_factory=Keeping)
-    """Metrics and records."""
-    access: Access = field(default_factory=Access)
-    images: Images | None = None
-    """Where workers share weights; else each reads its model's files."""
-    parked_models: int = 0
-    """How many that have left a worker stay in it, to be there at once when they return."""
-    parked_bytes: int | None = None
-    spare_workers: int = 0
-    prepare: tuple[ModelSpec, ...] = ()
-    """Models to have an image of, before anybody asks for them."""
-    prepare_at_once: int = 1
-    async_loading: bool = False
-    """Where it listens is said before the models are there."""
-
-
-class Child:
-    """One of the processes, through all its lives."""
-
-    def __init__(self, name: str, command: list[str]) -> None:
-        self.name = name
-        self.command = command
-        self.process: subprocess.Popen[bytes] | None = None
-        self.started_s = 0.0
-        self.short_lives = 0
-        self.gone = asyncio.Event()
-
-    def signal(self, number: signal.Signals) -> None:
-        if self.process is not None and not self.gone.is_set():
-            self.process.send_signal(number)
 
 
 class Supervisor:
@@ -128,6 +60,7 @@ class Supervisor:
         self._settled = asyncio.Event()
         if not self._waiting_for:
             self._settled.set()
+        self._refiling: Refiling | None = None
 
     async def run(self) -> int:
         """From the first process to the last; returns the exit status."""
@@ -135,111 +68,43 @@ class Supervisor:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._tell)
         loop.add_signal_handler(signal.SIGCHLD, self._reap)
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+        loop.add_signal_handler(signal.SIGHUP, self._reread)
+        become_subreaper()
         with port_of.reserve(self._service.host, self._service.port) as port:
             self._dir = run_dir.make(self._service.run_dir)
-            starting = asyncio.create_task(self._start(port))
+            news = Link(self._dir / "control.sock", on_open=lambda: self._greet(news), on_message=self._hear)
+            self._refiling = Refiling(self._service.filing, news, self._say)
+            starting = asyncio.create_task(self._start(port, news))
             try:
                 await self._told.wait()
             finally:
                 starting.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
                     await starting
+                await self._refiling.close()
+                await news.close()
                 await self._stop()
                 run_dir.remove(self._dir)
         return self._status
 
     # Starting.
 
-    async def _start(self, port: int) -> None:
+    async def _start(self, port: int, news: Link) -> None:
         service = self._service
-        charge = Charge(
-            models=service.models,
-            wanted=service.wanted,
-            policy=service.policy,
-            local=service.local,
-            costs=service.costs,
-            warm=service.warm,
-        )
-        charge.write(self._dir / "deployment.json")
-        access = msgspec.structs.replace(service.access, share=1 / service.fronts)
-        (self._dir / "access.json").write_bytes(msgspec.json.encode(access))
-        (self._dir / "gpus.json").write_bytes(msgspec.json.encode(service.gpus))
-        (self._dir / "costs.json").write_bytes(msgspec.json.encode(service.costs))
-        (self._dir / "prepare.json").write_bytes(msgspec.json.encode(service.prepare))
+        write_down(service, self._dir)
         self._say(f"{_count(len(service.models), 'model')} on {_gpus(service.gpus)}, engine {service.engine}")
-        self._children = self._cast(port)
+        self._children = cast(service, self._dir, port)
         for child in self._children:
-            self._launch(child)
-        news = Link(self._dir / "control.sock", on_open=lambda: self._greet(news), on_message=self._hear)
+            child.launch(service.log_dir)
         news.start()
-        try:
-            await self._parent_ready()
-            self._preloaded = True
-            self._say(f"engine preloaded ({self._elapsed})")
-            await self._fronts_ready(port)
-            if self._service.async_loading:
-                self._say(f"listening on {self._url(port)}, models come one by one")
-            await self._settled.wait()
-        finally:
-            await news.close()
+        await self._parent_ready()
+        self._preloaded = True
+        self._say(f"engine preloaded ({self._elapsed})")
+        await self._fronts_ready(port)
+        if self._service.async_loading:
+            self._say(f"listening on {self._url(port)}, models come one by one")
+        await self._settled.wait()
         self._announce(port)
-
-    def _cast(self, port: int) -> list[Child]:
-        """Everyone, in the order in which they are started; they find each other by their sockets, whoever comes first."""
-        service, folder = self._service, str(self._dir)
-        decisions = service.log_dir or self._dir
-        level = ["--log-level", service.log_level]
-        parent = ["chimera.worker.parent", "--socket", str(self._dir / "parent.sock"), "--engine", service.engine]
-        control = ["chimera.control", "--run-dir", folder, "--deployment", str(self._dir / "deployment.json")]
-        agent = ["chimera.agent", "--run-dir", folder, "--name", "local", "--gpus", str(self._dir / "gpus.json")]
-        agent += ["--costs", str(self._dir / "costs.json"), "--spare-workers", str(service.spare_workers)]
-        agent += ["--prepare", str(self._dir / "prepare.json"), "--prepare-at-once", str(service.prepare_at_once)]
-        if service.elastic:
-            agent.append("--elastic")
-        if service.images is not None:
-            parent += ["--images", str(service.images.folder)]
-            if service.images.budget_bytes is not None:
-                parent += ["--images-bytes", str(service.images.budget_bytes)]
-        parent += ["--parked-models", str(service.parked_models)]
-        if service.parked_bytes is not None:
-            parent += ["--parked-bytes", str(service.parked_bytes)]
-        front = ["chimera.server", "--run-dir", folder, "--host", service.host, "--port", str(port)]
-        front += ["--access", str(self._dir / "access.json")]
-        control += service.keeping.words_for_control(self._dir)
-        front += service.keeping.words_for_front(self._dir)
-        drain = ["--drain-s", str(service.drain_s)]
-        return [
-            _child("parent", *parent, *level),
-            _child("control", *control, "--decisions", str(decisions / "control.decisions.jsonl"), *level),
-            _child("agent-local", *agent, "--decisions", str(decisions / "agent-local.decisions.jsonl"), *drain, *level),
-            *(_child(f"front-{i}", *front, "--name", f"front-{i}", *drain, *level) for i in range(service.fronts)),
-        ]
-
-    def _launch(self, child: Child) -> None:
-        supervisor = os.getpid()
-
-        def tie() -> None:
-            """In the child: go when the supervisor goes, however it goes; and at once if it is gone already."""
-            _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != supervisor:
-                os._exit(1)
-
-        child.started_s = time.monotonic()
-        child.gone.clear()
-        with self._log_of(child) as log:
-            # A group of its own: a terminal's Ctrl-C is for us to translate.
-            child.process = subprocess.Popen(
-                child.command, stdin=subprocess.DEVNULL, stderr=log, process_group=0, preexec_fn=tie
-            )
-
-    @contextlib.contextmanager
-    def _log_of(self, child: Child) -> Iterator[IO[bytes] | None]:
-        if self._service.log_dir is None:
-            yield None
-            return
-        with (self._service.log_dir / f"{child.name}.log").open("ab") as log:
-            yield log
 
     async def _parent_ready(self) -> None:
         listening = asyncio.Event()
@@ -257,7 +122,7 @@ class Supervisor:
             await asyncio.sleep(ASK_AGAIN_S)
 
     def _greet(self, news: Link) -> None:
-        news.send(Hello(role="cli", name="supervisor", pid=os.getpid()))
+        news.send(Hello(role="supervisor", name="supervisor", pid=os.getpid()))
 
     def _hear(self, message: Message) -> None:
         match message:
@@ -272,6 +137,8 @@ class Supervisor:
                 self._failures[replica] = self._failures.get(replica, 0) + 1
                 if message.permanent or self._failures[replica] == 3:
                     self._progress(replica, f"cannot be served: {message.reason}")
+            case ReloadWanted() | EntryFiled() if self._refiling is not None:
+                self._refiling.order(message)
             case _:
                 return
         if not self._waiting_for:
@@ -303,6 +170,10 @@ class Supervisor:
     @property
     def _elapsed(self) -> str:
         return f"{time.monotonic() - self._began_s:.1f} s"
+
+    def _reread(self) -> None:
+        if self._refiling is not None:
+            self._refiling.order(None)
 
     # Watching.
 
@@ -357,7 +228,7 @@ class Supervisor:
         if child.name == "parent":
             for left in self._dir.glob("parent.*"):
                 left.unlink()
-        self._launch(child)
+        child.launch(self._service.log_dir)
 
     # Stopping.
 
@@ -394,7 +265,7 @@ class Supervisor:
     def _end_everyone(self) -> None:
         """Kill what is left, generation after generation: the orphans of the killed come to us."""
         asyncio.get_running_loop().remove_signal_handler(signal.SIGCHLD)
-        while pids := _child_pids():
+        while pids := child_pids():
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -424,18 +295,6 @@ async def answers(host: str, port: int, tls: bool = False) -> bool:
     finally:
         writer.close()
     return status.startswith(b"HTTP/1.1 200")
-
-
-def _child(name: str, module: str, *arguments: str) -> Child:
-    return Child(name, [sys.executable, "-m", module, *arguments])
-
-
-def _child_pids() -> list[int]:
-    return [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
-
-
-def _prctl(option: int, value: int) -> None:
-    ctypes.CDLL(None).prctl(option, value, 0, 0, 0)
 
 
 def _count(number: int, noun: str) -> str:

@@ -9,12 +9,15 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from chimera.config.checkpoint import Checkpoint, download, locate, missing_tokenizer, read_checkpoint
+from chimera.config.conform import conform
 from chimera.config.faults import Faults, at_index
 from chimera.config.placement_file import ModelEntry, PlacementFile, WarmEntry, read_placement_file
+from chimera.config.roots import Roots
 from chimera.config.rules import Rules, keep_alive_s, kv_dtype, pool_bytes
 from chimera.config.virtual_gpus import default_virtual_gpus, parse_virtual_gpus
 from chimera.core.gpu import Gpu
@@ -25,6 +28,8 @@ from chimera.errors import ConfigError
 from chimera.units import format_bytes
 
 logger = logging.getLogger(__name__)
+
+ENTRY = "the entry"
 
 MOST_LENT_GPUS = 64
 # `chimera serve MODEL` leaves at least this part of a GPU for the cache.
@@ -87,14 +92,20 @@ def survey_placement(
     faults = Faults(str(path))
     file, root = read_placement_file(path, environment, faults)
     gpus = _gpus(file, gpus, lend, faults)
-    search = _Search(path.parent, fetched or {}, faults)
+    search = _Search([path.parent, Path()], fetched or {}, faults)
+    return _judged(str(path), file, root, gpus, search, elastic, faults)
+
+
+def _judged(
+    source: str, file: PlacementFile, root: str, gpus: tuple[Gpu, ...], search: _Search, elastic: bool, faults: Faults
+) -> Survey:
     for index, entry in enumerate(file.models):
         search.find(index, entry, at_index(root, index))
     shapes = {index: checkpoint.shape for index, checkpoint in search.checkpoints.items()}
     Rules(file, root, gpus, shapes, faults).check(elastic=elastic)
     faults.require_none()
     return Survey(
-        source=str(path),
+        source=source,
         file=file,
         elastic=elastic,
         gpus=gpus,
@@ -102,6 +113,20 @@ def survey_placement(
         tokenizers=search.tokenizers,
         absent={hub_id: tuple(places) for hub_id, places in search.absent.items()},
     )
+
+
+def deployment_of_entry(written: Any, gpus: Sequence[Gpu], *, roots: Roots, elastic: bool = True) -> Deployment:
+    """One model that a request names, as a placement file would. Nothing is downloaded for it, and no path of it leads out
+    of the roots. ConfigError lists every fault."""
+    faults = Faults(ENTRY)
+    [entry] = conform([written], tuple[ModelEntry, ...], "", faults)
+    roots.hold(entry, at_index("", 0), faults)
+    faults.require_none()
+    search = _Search([roots.base], {}, faults)
+    survey = _judged(ENTRY, PlacementFile(models=(entry,)), "", tuple(gpus), search, elastic, faults)
+    for hub_id in survey.absent:
+        raise ConfigError.single(ENTRY, f"{hub_id} is not on this machine, and nothing is downloaded for a request")
+    return _deployment(survey)
 
 
 def deployment_of_models(paths: Sequence[str], gpus: Sequence[Gpu] | None = None) -> Deployment:
@@ -155,11 +180,11 @@ def _gpus(file: PlacementFile, given: Sequence[Gpu] | None, lend: bool, faults: 
 class _Search:
     """Finds each model once, however many entries share it."""
 
-    def __init__(self, base: Path, fetched: Mapping[str, Path], faults: Faults) -> None:
+    def __init__(self, roots: Sequence[Path], fetched: Mapping[str, Path], faults: Faults) -> None:
         self.checkpoints: dict[int, Checkpoint] = {}
         self.tokenizers: dict[int, Path] = {}
         self.absent: dict[str, list[str]] = {}
-        self._roots = [base, Path()]
+        self._roots = roots
         self._fetched = fetched
         self._faults = faults
         self._folders: dict[tuple[str, bool], Path | ConfigError | None] = {}

@@ -10,6 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
+import msgspec
+
 from chimera.control.charge import Charge
 from chimera.control.exchange import Exchange
 from chimera.control.witness import Witness
@@ -39,6 +41,13 @@ def main() -> int:
     witness = None if arguments.no_metrics else Witness(_keeper(arguments))
     decisions = None if arguments.decisions is None else process.fresh_log(arguments.decisions)
 
+    def charge_of(exchange: Exchange) -> Charge:
+        """What the next control begins with, should this one die: what the operator has said meanwhile included."""
+        scheduler = exchange.scheduler
+        return msgspec.structs.replace(
+            charge, models=exchange.models, wanted=scheduler.filed, policy=scheduler.policy, local=scheduler.fleet.local_asked
+        )
+
     async def live(stop: asyncio.Event) -> None:
         exchange = Exchange(
             models=charge.models,
@@ -50,6 +59,7 @@ def main() -> int:
             socket=arguments.run_dir / "control.sock",
             decisions=decisions,
             witness=witness,
+            on_change=lambda: charge_of(exchange).write(arguments.deployment),
         )
         starter = os.getppid()
         await exchange.start()

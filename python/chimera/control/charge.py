@@ -23,7 +23,10 @@ class Charge(msgspec.Struct, frozen=True, kw_only=True):
     warm: WarmRules = WarmRules()
 
     def write(self, path: Path) -> None:
-        path.write_bytes(msgspec.json.encode(self))
+        """Whole or not at all."""
+        fresh = path.with_suffix(".new")
+        fresh.write_bytes(msgspec.json.encode(self))
+        fresh.replace(path)
 
     @classmethod
     def read(cls, path: Path) -> Charge:

@@ -54,7 +54,8 @@ class _Front:
 
 
 class Exchange:
-    """`decisions` takes each line of the decision log."""
+    """`decisions` takes each line of the decision log. `on_change` is called when an operator has changed what control is
+    in charge of."""
 
     def __init__(
         self,
@@ -68,6 +69,7 @@ class Exchange:
         warm: WarmRules | None = None,
         decisions: Callable[[bytes], object] | None = None,
         witness: Witness | None = None,
+        on_change: Callable[[], object] | None = None,
     ) -> None:
         self.scheduler = ControlScheduler(wanted, policy=policy, local=local, costs=costs, warm=warm, learns=True)
         self._has_costs = costs is not None
@@ -88,11 +90,18 @@ class Exchange:
         self._fronts: dict[str, _Front] = {}
         self._agents: dict[str, Channel] = {}
         self._watchers: set[Channel] = set()
+        self._supervisor: Channel | None = None
+        """Who has started all of this, and reads the operator's files."""
+        self._on_change = on_change
         self._news: dict[ReplicaId, News] = {}
         self._payloads: dict[str, bytes] = {}
         """Of the requests that were not handed to an agent yet."""
         self._stray: deque[stream.Cancel | stream.FrontLost] = deque(maxlen=MOST_STRAY)
         """Of requests that an agent may have which is not here now, or from an earlier control."""
+
+    @property
+    def models(self) -> tuple[ModelSpec, ...]:
+        return tuple(self._models.values())
 
     async def start(self) -> None:
         if self._witness is not None:
@@ -131,6 +140,9 @@ class Exchange:
                     self._take_in_front(message, channel)
                 case stream.Hello(role="agent", name=name):
                     self._take_in_agent(name, channel)
+                case stream.Hello(role="supervisor"):
+                    self._supervisor = channel
+                    self._take_in_watcher(channel)
                 case stream.Hello(role="cli"):
                     self._take_in_watcher(channel)
                 case _:
@@ -222,7 +234,12 @@ class Exchange:
             channel.send(front.hello)
         for news in self._news.values():
             channel.send(news)
-        channel.deliver_to(lambda message: self._watcher_says(channel, message), lambda _: self._watchers.discard(channel))
+        channel.deliver_to(lambda message: self._watcher_says(channel, message), lambda _: self._watcher_gone(channel))
+
+    def _watcher_gone(self, channel: Channel) -> None:
+        self._watchers.discard(channel)
+        if self._supervisor is channel:
+            self._supervisor = None
 
     # What they say.
 
@@ -252,8 +269,11 @@ class Exchange:
             case events.PolicyChosen(policy=policy, local=local) if policy in (None, "static") or self._has_costs:
                 log.info("policy=%s local=%s chosen through front-end %s", policy, local, name)
                 self._decide(message)
+                self._note_change()
             case events.ModelRegistered() | events.ModelRemoved():
                 self._change_models(message)
+            case stream.ReloadWanted() | stream.EntryFiled():
+                self._ask_supervisor(message)
             case _:
                 log.warning("front-end %s says what control does not understand: %s", name, type(message).__name__)
 
@@ -322,18 +342,49 @@ class Exchange:
         )
 
     def _watcher_says(self, channel: Channel, message: Message) -> None:
-        if isinstance(message, stream.SnapshotWanted):
-            channel.send(self._snapshot())
+        match message:
+            case stream.SnapshotWanted():
+                channel.send(self._snapshot())
+            case events.PlacementChanged() if channel is self._supervisor:
+                self._change_models(message)
+            case events.PolicyChosen(policy=policy, local=local) if channel is self._supervisor:
+                log.info("policy=%s local=%s chosen by the placement file", policy, local)
+                self._decide(message)
+                self._note_change()
+            case stream.Refiled(front=front) if channel is self._supervisor:
+                self._tell_front(front, message)
+            case _:
+                log.warning("a watcher says what control does not understand: %s", type(message).__name__)
 
-    def _change_models(self, change: events.ModelRegistered | events.ModelRemoved) -> None:
+    def _ask_supervisor(self, order: stream.ReloadWanted | stream.EntryFiled) -> None:
+        if self._supervisor is not None:
+            self._supervisor.send(order)
+            return
+        fault = "nobody is there who could read it: control was started by itself"
+        self._tell_front(order.front, stream.Refiled(order=order.order, front=order.front, faults=(fault,)))
+
+    def _change_models(self, change: events.ModelRegistered | events.ModelRemoved | events.PlacementChanged) -> None:
         """On an operator's word; every front-end hears of it."""
+        told: list[events.ModelRegistered | events.ModelRemoved] = []
         match change:
-            case events.ModelRegistered(model=model):
-                self._models[model.name] = model
-            case events.ModelRemoved(model=name):
-                self._models.pop(name, None)
+            case events.PlacementChanged():
+                told += [events.ModelRemoved(model=name) for name in change.removed]
+                told += [events.ModelRegistered(model=model) for model in change.models]
+            case _:
+                told.append(change)
+        for one in told:
+            if isinstance(one, events.ModelRegistered):
+                self._models[one.model.name] = one.model
+            else:
+                self._models.pop(one.model, None)
         self._decide(change)
-        self._tell_fronts(change)
+        for one in told:
+            self._tell_fronts(one)
+        self._note_change()
+
+    def _note_change(self) -> None:
+        if self._on_change is not None:
+            self._on_change()
 
     def _cancel(self, cancel: stream.Cancel, request_id: str) -> None:
         self._payloads.pop(request_id, None)

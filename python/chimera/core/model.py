@@ -49,5 +49,22 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     engine: str = "sglang"
     engine_args: dict[str, Any] = {}
 
+    def runs_as(self, other: ModelSpec) -> bool:
+        """Whether an engine that was brought up for the other may go on as this: what differs is no engine's business."""
+        return other == msgspec.structs.replace(self, **{field: getattr(other, field) for field in _NO_ENGINES_BUSINESS})
+
     def kv_bytes(self, tokens: int) -> int:
         return tokens * self.kv_bytes_per_token
+
+
+_NO_ENGINES_BUSINESS = (
+    "aliases",
+    "slo",
+    "priority",
+    "pin",
+    "preload",
+    "keep_alive_s",
+    "drain_s",
+    "tool_call_parser",
+    "reasoning_parser",
+)

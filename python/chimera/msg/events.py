@@ -37,6 +37,18 @@ class ModelRemoved(Event, frozen=True, kw_only=True):
     model: str
 
 
+class PlacementChanged(Event, frozen=True, kw_only=True):
+    """The operator wants something else than before: the difference, and nothing of what stays."""
+
+    models: tuple[ModelSpec, ...] = ()
+    """New ones, and those whose entries say something else."""
+    removed: tuple[str, ...] = ()
+    seats: tuple[Seat, ...] = ()
+    """Wanted from now on; each instead of the earlier seat of its replica, if it had one."""
+    unseated: tuple[ReplicaId, ...] = ()
+    reason: str
+
+
 class RequestArrived(Event, frozen=True, kw_only=True):
     request: Request
 

@@ -223,6 +223,31 @@ class ReplicaNews(Stream, frozen=True, kw_only=True):
     """It has stopped because it could not be brought up, or was lost."""
 
 
+class ReloadWanted(Stream, frozen=True, kw_only=True):
+    """Read the placement file again: from a front-end, through control, to whoever has started the server."""
+
+    order: str
+    front: str
+
+
+class EntryFiled(Stream, frozen=True, kw_only=True):
+    """One more model, on the same way."""
+
+    order: str
+    front: str
+    entry: bytes
+    """As in a placement file, in JSON."""
+
+
+class Refiled(Stream, frozen=True, kw_only=True):
+    """What came of either, back to the front-end: what has changed; or every fault, and nothing has."""
+
+    order: str
+    front: str
+    changes: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
+
+
 class RequestTold(Stream, frozen=True, kw_only=True):
     """How a client's request went, from its front-end to control, once it has ended."""
 

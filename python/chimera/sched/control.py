@@ -28,6 +28,7 @@ from chimera.msg.events import (
     LoadWanted,
     ModelRegistered,
     ModelRemoved,
+    PlacementChanged,
     PolicyChosen,
     ReplicaReady,
     ReplicaStopped,
@@ -135,7 +136,9 @@ class ControlScheduler:
             case ModelRegistered():
                 return self._lives.registered(event.model, now)
             case ModelRemoved():
-                return self._lives.removed(event.model, now)
+                return self._plan.removed(event.model, now)
+            case PlacementChanged():
+                return self._plan.placement_changed(event, now)
             case PolicyChosen():
                 return self._plan.policy_chosen(event, now)
             case GpuLost():
@@ -174,6 +177,11 @@ class ControlScheduler:
         return WakeAt(at_s=soonest, reason=reason)
 
     # What the loop asks.
+
+    @property
+    def filed(self) -> Placement:
+        """What the operator wants, policies aside."""
+        return self._plan.filed
 
     @property
     def policy(self) -> str:

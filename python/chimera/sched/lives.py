@@ -181,8 +181,11 @@ class Lives:
         known = fleet.models.get(model.name)
         fleet.models[model.name] = model
         if known is not None and known != model:
-            for place in fleet.places_of(model.name):
+            for place in list(fleet.places_of(model.name)):
                 self.try_again(place, now)
+                if place.state is not PlaceState.ABSENT and not model.runs_as(known):
+                    # Its seat stays, so it comes back, as what it is now.
+                    yield from self.retire(place.replica, "its entry has changed, and it is loaded anew", now)
         yield from self.settle(model.name, now)
         fleet.stirred = True
 

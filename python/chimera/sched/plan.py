@@ -16,7 +16,7 @@ from chimera.core.placement import Placement, Seat
 from chimera.core.snapshot import Snapshot
 from chimera.errors import ConfigError
 from chimera.msg.actions import Action, Deactivate, Reject, RejectCode
-from chimera.msg.events import LoadWanted, PolicyChosen, UnloadWanted
+from chimera.msg.events import LoadWanted, PlacementChanged, PolicyChosen, UnloadWanted
 from chimera.sched.dispatch import Dispatcher
 from chimera.sched.fleet import Fleet
 from chimera.sched.lives import Lives
@@ -112,6 +112,30 @@ class Plan:
             yield from self._dispatcher.refuse_held(model, now)  # `static` gives some of them no place
 
     # The operator's word.
+
+    def removed(self, model: str, now: float) -> Iterator[Action]:
+        """Its seats go with it: should the name come back, it may be another model's."""
+        yield from self._lives.removed(model, now)
+        self._fleet.wanted, self.filed = (
+            Placement(tuple(seat for seat in placement.seats if seat.replica.model != model))
+            for placement in (self._fleet.wanted, self.filed)
+        )
+
+    def placement_changed(self, event: PlacementChanged, now: float) -> Iterator[Action]:
+        """What the operator did not touch stays as it is, whoever decided it."""
+        for name in event.removed:
+            yield from self.removed(name, now)
+        for model in event.models:
+            yield from self._lives.registered(model, now)
+        touched = {*event.unseated, *(seat.replica for seat in event.seats)}
+
+        def changed(placement: Placement) -> Placement:
+            return Placement((*(seat for seat in placement.seats if seat.replica not in touched), *event.seats))
+
+        self.filed = changed(self.filed)
+        decision = Decision(placement=changed(self._fleet.wanted), reasons=dict.fromkeys(touched, event.reason))
+        yield from self._want(decision, now)
+        self._fleet.stirred = True
 
     def load_wanted(self, event: LoadWanted, now: float) -> Iterator[Action]:
         fleet = self._fleet

@@ -60,6 +60,9 @@ class Catalogue:
         for name in self._specs.keys() - set(names):
             self.remove(name)
 
+    def knows(self, name: str) -> bool:
+        return name in self._names
+
     def resolve(self, name: str | None) -> ModelSpec:
         """The model of this name or alias; of no name, if there is only one."""
         if not self.known:

@@ -18,16 +18,18 @@ from chimera.core.snapshot import LOCAL_NAMES, POLICY_NAMES, ReplicaView, Snapsh
 from chimera.errors import RequestError
 from chimera.msg.actions import Reject
 from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, UnloadWanted
-from chimera.msg.stream import ReplicaNews
-from chimera.server.bodies import json_response
+from chimera.msg.stream import EntryFiled, Refiled, ReloadWanted, ReplicaNews
+from chimera.server import intake
+from chimera.server.bodies import json_response, read_body
 from chimera.server.catalogue import Catalogue
 from chimera.server.readers import STREAM_HEADERS
 from chimera.server.relay import Relay, Watch
-from chimera.server.routes import ABOUT_A_MODEL, Route, taking
+from chimera.server.routes import Route, taking
 
 _LOAD_WITHIN_S = 1800.0
 _LEAVE_WITHIN_S = 60.0
 """Beside the drain."""
+_READ_WITHIN_S = 60.0
 _SIGN_OF_LIFE_S = 15.0
 _GIGABYTE = 10**9
 """Of a pool, as in a placement file."""
@@ -57,6 +59,13 @@ class PinOrder(msgspec.Struct, frozen=True, kw_only=True):
     pin: bool = True
 
 
+class EntryOrder(msgspec.Struct, frozen=True, kw_only=True):
+    """A model's entry, with the keys that it may have in a placement file. Its path lies where models may come from."""
+
+    model_name: Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+    model_path: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+
+
 class PolicyOrder(msgspec.Struct, frozen=True, kw_only=True):
     policy: str | None = None
     """Who decides what runs where; if it is left out, whoever does."""
@@ -82,6 +91,16 @@ class Deactivation(msgspec.Struct, frozen=True, kw_only=True):
     preempt: bool = False
     preempt_mode: Any = None
     gpu_id: Any = None
+
+
+class Registered(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    changes: tuple[str, ...]
+
+
+class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
+    changes: tuple[str, ...]
+    """A line for each thing that was different; empty when nothing was."""
 
 
 class PoolSize(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,6 +157,9 @@ class ModelNames(msgspec.Struct, frozen=True, kw_only=True):
     model_names: list[str]
 
 
+_entry_decoder = msgspec.json.Decoder(EntryOrder)
+
+
 class Operator:
     def __init__(self, catalogue: Catalogue, relay: Relay) -> None:
         self._catalogue = catalogue
@@ -151,12 +173,31 @@ class Operator:
             self._order("/activate", "Bring a model up, in Prism's words", Activation, self._activate, ReplicaTold, slow=True),
             self._order("/deactivate", "Let a model go, in Prism's words", Deactivation, self._deactivate, Unloaded, slow=True),
             Route(
+                method="POST",
+                path="/reload",
+                what="Read the placement file again, and do what is different in it",
+                handler=self._reload,
+                gives=Reloaded,
+                fails=(504,),
+                admin=True,
+            ),
+            Route(
+                method="POST",
+                path="/models",
+                what="Register a model: an entry as in a placement file",
+                handler=self._register,
+                takes=EntryOrder,
+                gives=Registered,
+                fails=(504,),
+                admin=True,
+            ),
+            Route(
                 method="DELETE",
                 path="/models/{name}",
                 what="Forget a model",
                 handler=self._remove,
                 gives=Removed,
-                fails=ABOUT_A_MODEL,
+                fails=(404, 504),
                 admin=True,
             ),
             *(
@@ -217,7 +258,7 @@ class Operator:
             handler=taking(takes, work),
             takes=takes,
             gives=gives,
-            fails=(404, 429, 502, 504) if slow else ABOUT_A_MODEL,
+            fails=(404, 429, 502, 504) if slow else (404, 504),
             admin=True,
         )
 
@@ -271,7 +312,7 @@ class Operator:
 
     async def _pin(self, order: PinOrder) -> web.Response:
         spec = msgspec.structs.replace(self._catalogue.resolve(order.model), pin=order.pin)
-        self._relay.order(ModelRegistered(model=spec))
+        await self._relay.snapshot(after=ModelRegistered(model=spec))
         return json_response(Pinned(model=spec.name, pin=spec.pin))
 
     async def _policy(self, http: web.Request) -> web.Response:
@@ -286,16 +327,36 @@ class Operator:
                 raise RequestError("bad_request", told, param=field)
         if order.policy is None and order.local is None:
             raise RequestError("bad_request", "name a policy, a local order, or both", param="policy")
-        self._relay.order(PolicyChosen(policy=order.policy, local=order.local))
-        snapshot = await self._relay.snapshot()
+        snapshot = await self._relay.snapshot(after=PolicyChosen(policy=order.policy, local=order.local))
         if order.policy not in (None, snapshot.policy):
             raise RequestError("bad_request", f"the server was started without the cost table that {order.policy} needs")
         return json_response(_order(snapshot))
 
+    async def _reload(self, http: web.Request) -> web.Response:
+        with self._relay.watch(uuid.uuid4().hex) as watch:
+            self._relay.order(ReloadWanted(order=watch.order, front=self._relay.name))
+            told = await _refiled(watch)
+        if told.faults:
+            raise RequestError("bad_request", f"what was in force stays in force: {'; '.join(told.faults)}")
+        return json_response(Reloaded(changes=told.changes))
+
+    async def _register(self, http: web.Request) -> web.Response:
+        """The entry is read by whoever reads the placement file, and in the same way."""
+        body = await read_body(http)
+        name = intake.decode(body, _entry_decoder).model_name
+        if self._catalogue.knows(name):
+            raise RequestError("bad_request", f"{name!r} is the name of a model here", param="model_name")
+        with self._relay.watch(uuid.uuid4().hex) as watch:
+            self._relay.order(EntryFiled(order=watch.order, front=self._relay.name, entry=body))
+            told = await _refiled(watch)
+        if told.faults:
+            raise RequestError("bad_request", "; ".join(told.faults))
+        return json_response(Registered(model=name, changes=told.changes))
+
     async def _remove(self, http: web.Request) -> web.Response:
         """The model is known no longer; what runs of it drains."""
         spec = self._catalogue.resolve(http.match_info["name"])
-        self._relay.order(ModelRemoved(model=spec.name))
+        await self._relay.snapshot(after=ModelRemoved(model=spec.name))
         return json_response(Removed(model=spec.name, deleted=True))
 
     async def _events(self, http: web.Request) -> web.StreamResponse:
@@ -356,6 +417,21 @@ class Operator:
 
     async def _views(self) -> tuple[ReplicaView, ...]:
         return (await self._relay.snapshot()).replicas
+
+
+async def _refiled(watch: Watch) -> Refiled:
+    """What came of the order to read something."""
+    try:
+        async with asyncio.timeout(_READ_WITHIN_S):
+            while True:
+                match await watch.news.get():
+                    case Refiled() as told:
+                        return told
+                    case None:
+                        told_gone = "the server's control process went away; the order may have been carried out"
+                        raise RequestError("service_unavailable", told_gone, retry_after_s=1)
+    except TimeoutError:
+        raise RequestError("gateway_timeout", f"nothing came of it within {_READ_WITHIN_S:g} s") from None
 
 
 async def _heard(watch: Watch, wanted: Callable[[ReplicaNews], bool], within_s: float) -> ReplicaNews:

@@ -18,11 +18,14 @@ from chimera.errors import ProtocolError, RequestError
 from chimera.msg.actions import Reject, Requeue
 from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, UnloadWanted
 from chimera.msg.stream import (
+    EntryFiled,
     Hello,
     MeasuresTaken,
     MeasuresWanted,
     PastTaken,
     PastWanted,
+    Refiled,
+    ReloadWanted,
     ReplicaNews,
     SightTaken,
     SightWanted,
@@ -41,8 +44,10 @@ _ANSWER_WITHIN_S = 5.0
 _MOST_UNREAD_NEWS = 1024
 """A watcher that leaves more unread is gone."""
 
-News = ReplicaNews | Reject | None
-"""Of replicas; the refusal of an order; or nothing, because control went away."""
+News = ReplicaNews | Reject | Refiled | None
+"""Of replicas; what came of an order, if that is told; or nothing, because control went away."""
+
+Order = LoadWanted | UnloadWanted | ModelRegistered | ModelRemoved | PolicyChosen | ReloadWanted | EntryFiled
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -86,8 +91,12 @@ class Relay:
             await self._workers.close()
         await self._control.close()
 
-    async def snapshot(self) -> Snapshot:
-        """The state of the whole system, from control."""
+    async def snapshot(self, *, after: Order | None = None) -> Snapshot:
+        """The state of the whole system, from control; `after` it has carried out an order, and told here what that changes."""
+        if after is not None:
+            self.order(after)
+            if SnapshotTaken in self._asked:  # that is of the time before
+                await self._ask(SnapshotWanted(), SnapshotTaken)
         return (await self._ask(SnapshotWanted(), SnapshotTaken)).snapshot
 
     async def measures(self) -> tuple[Measures, Snapshot]:
@@ -134,7 +143,7 @@ class Relay:
         finally:
             self._watches.discard(watch)
 
-    def order(self, order: LoadWanted | UnloadWanted | ModelRegistered | ModelRemoved | PolicyChosen) -> None:
+    def order(self, order: Order) -> None:
         """An operator's word, to control."""
         if not self._control.up:
             raise RequestError("service_unavailable", "the server's control process is away", retry_after_s=1)
@@ -168,6 +177,10 @@ class Relay:
                 self._desk.on_control(message)
                 for watch in self._watches:
                     if isinstance(message, Reject) and watch.order == message.request_id:
+                        watch.tell(message)
+            case Refiled(order=order):
+                for watch in self._watches:
+                    if watch.order == order:
                         watch.tell(message)
             case ReplicaNews():
                 for watch in self._watches:

@@ -18,6 +18,7 @@ from chimera.msg import actions, events, stream
 Message = (
     events.ModelRegistered
     | events.ModelRemoved
+    | events.PlacementChanged
     | events.RequestArrived
     | events.RequestCancelled
     | events.RequestFinished
@@ -69,6 +70,9 @@ Message = (
     | stream.Prepared
     | stream.LedgerTold
     | stream.ReplicaNews
+    | stream.ReloadWanted
+    | stream.EntryFiled
+    | stream.Refiled
     | stream.RequestTold
     | stream.TallyTold
     | stream.EntriesTold
