@@ -11,8 +11,10 @@ import json
 import math
 import os
 import platform
+import shlex
 import statistics
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -110,7 +112,12 @@ class Figures:
     def finish(self, json_path: str | Path | None = None) -> int:
         """Writes the figures to `json_path`, if any, and answers the exit status: 1 when a goal was missed."""
         if json_path is not None:
-            told = {"title": self.title, **self.circumstances, "figures": [dataclasses.asdict(f) for f in self.figures]}
+            told = {
+                "title": self.title,
+                "command": _command(),
+                **self.circumstances,
+                "figures": [dataclasses.asdict(f) for f in self.figures],
+            }
             Path(json_path).write_text(json.dumps(told, indent=2, ensure_ascii=False) + "\n")
         return int(any(figure.ok is False for figure in self.figures))
 
@@ -126,6 +133,13 @@ def number(value: float) -> str:
     if not math.isfinite(value) or value == int(value) or abs(value) >= 1000:
         return f"{value:,.0f}"
     return f"{value:.3g}"
+
+
+def _command() -> str:
+    """What was run, as one would type it again at the top of the checkout."""
+    script = os.path.relpath(sys.argv[0], Path(__file__).parents[1])
+    words = [word for at, word in enumerate(sys.argv) if at and word != "--json" and sys.argv[at - 1] != "--json"]
+    return shlex.join(["python", script, *words])
 
 
 def _circumstances(seed: int | None) -> dict[str, str]:
