@@ -47,12 +47,12 @@ def latent_pool(**settings: Any) -> Any:
     )
 
 
-def heads_pool(page_size: int = 1) -> Any:
+def heads_pool(page_size: int = 1, slots: int = SLOTS) -> Any:
     import torch
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
     return MHATokenToKVPool(
-        SLOTS,
+        slots,
         page_size=page_size,
         dtype=torch.float32,
         head_num=2,
@@ -205,3 +205,27 @@ def test_the_request_that_came_last_yields_first(kv: Any) -> None:
     # SGLang takes from the end of this list, and by itself would keep whoever has said most.
     came = [SimpleNamespace(priority=-turn, output_ids=[0] * turn, origin_input_ids=[0]) for turn in (3, 1, 2)]
     assert ScheduleBatch._get_decode_retraction_order(came) == [1, 2, 0]
+
+
+def test_a_pool_in_lockstep_grows_by_what_all_ranks_can_have_and_keeps_nothing_beyond() -> None:
+    from chimera.engine.api import Limit
+    from chimera.engine.sglang.elastic import ElasticKv
+    from chimera.engine.sglang.plugin import elastic_memory
+
+    kv = ElasticKv(level_bytes=1, ceiling_bytes=4 << 20, on_cpu=True, in_lockstep=True)
+    try:
+        with elastic_memory(kv):
+            heads_pool(slots=8 * SLOTS)
+        stripe_bytes = kv.held_bytes
+        kv.limit(Limit(4 << 20))
+        offered: list[int] = []
+
+        def others_have_room_for_two(mine: int) -> int:
+            offered.append(mine)
+            return min(mine, 2)
+
+        kv.agree = others_have_room_for_two
+        kv._grow(5)
+        assert (offered, kv.held_bytes) == ([5], 3 * stripe_bytes)
+    finally:
+        kv.close()

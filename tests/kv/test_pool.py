@@ -49,6 +49,25 @@ def test_growing_past_the_addresses_brings_what_they_hold() -> None:
     assert pool.reserve.budget.held_bytes == 4 * pool.stripe_bytes
 
 
+def test_stripes_stocked_ahead_are_charged_and_are_the_next_to_come() -> None:
+    driver = FakeDriver(GRANULE)
+    pool = pool_of(8, driver=driver, lease=3)
+    assert pool.reserve.stock(2) == pool.reserve.stock(1) == 2
+    assert pool.reserve.budget.held_bytes == 2 * pool.stripe_bytes
+    assert pool.reserve.stock(5) == 3, "no more than the lease"
+    driver.refuse("create")
+    assert pool.grow(3) == 3
+
+
+def test_a_stock_that_the_driver_refuses_is_as_large_as_it_was() -> None:
+    driver = FakeDriver(GRANULE)
+    pool = pool_of(8, driver=driver)
+    pool.reserve.stock(1)
+    driver.refuse("create")
+    assert pool.reserve.stock(4) == 1
+    assert pool.reserve.budget.held_bytes == pool.stripe_bytes
+
+
 @pytest.mark.parametrize("stripes", [0, -3])
 def test_growing_or_shrinking_by_nothing_does_nothing(stripes: int) -> None:
     pool = pool_of(8)

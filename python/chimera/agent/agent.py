@@ -265,7 +265,8 @@ class Agent:
         if not gang.is_over or gang.end is None or gang.epoch is None:
             return
         self._report(gang.end)
-        self._hear_of_memory(events.ReplicaStopped(replica=gang.replica, epoch=gang.epoch, reason=gang.end.reason))
+        stopped = events.ReplicaStopped(replica=gang.replica, epoch=gang.epoch, reason=gang.end.reason)
+        self._hear_of_memory(gang.end if isinstance(gang.end, events.ReplicaStopped) else stopped)
         self._prepare_next()
 
     def _take_over(self, worker: Worker, standing: stream.Standing) -> None:

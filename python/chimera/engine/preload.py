@@ -49,6 +49,8 @@ def _preload_sglang(images: WeightStore | None, parking: Parking) -> Callable[[]
         # Many workers share few cores; a pool of threads each would only take turns. Set before the first operation,
         # so that no thread exists when workers are forked.
         torch.set_num_threads(1)
+        # What little SGLang compiles would take a C++ compiler half a minute, in each worker.
+        torch.compiler.set_stance("force_eager")
     import sglang.srt.models.registry  # noqa: F401 - imports every architecture
     from sglang.srt.model_loader import weight_utils
     from sglang.srt.plugins import load_plugins

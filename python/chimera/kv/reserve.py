@@ -116,6 +116,17 @@ class Reserve:
             self.put(taken)
             raise
 
+    def stock(self, stripes: int) -> int:
+        """Create ahead until so many are ready, if the budget and the driver give them; how many are."""
+        fresh = self.budget.take(self.stripe_bytes, stripes - self.ready_stripes)
+        try:
+            handles = self._create(fresh)
+        except DriverError:
+            return self.ready_stripes
+        with self._wake:
+            self._ready += handles
+        return self.ready_stripes
+
     def put(self, handles: Sequence[Handle]) -> None:
         """Whole clean stripes back: kept up to the high mark, released beyond it."""
         with self._wake:

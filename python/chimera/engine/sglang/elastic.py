@@ -48,8 +48,12 @@ GiveBack = Callable[[str, str], None]
 class ElasticKv:
     """From before SGLang's scheduler is built (`furnish`, `allocator`) until after it is gone (`close`)."""
 
-    def __init__(self, *, level_bytes: int, ceiling_bytes: int, on_cpu: bool) -> None:
+    def __init__(self, *, level_bytes: int, ceiling_bytes: int, on_cpu: bool, in_lockstep: bool = False) -> None:
+        """`in_lockstep`: other ranks must have the same slots in every step, so nothing happens at a device's own pace."""
         self.ceiling_bytes = ceiling_bytes
+        self.agree: Callable[[int], int] = _as_it_is
+        """What all ranks can have, when this one can have so much."""
+        self._in_lockstep = in_lockstep
         self.restless = False
         """Not at its level yet, which may take no step but time."""
         self.stalled = False
@@ -87,10 +91,10 @@ class ElasticKv:
             handle_bytes=layout.handle_bytes,
             handles_per_stripe=layout.handles_per_stripe,
             budget=self._budget,
-            low=0 if self._on_cpu else 1,
-            high=0 if self._on_cpu else 4,
+            low=0 if self._on_cpu or self._in_lockstep else 1,
+            high=0 if self._on_cpu or self._in_lockstep else 4,
         )
-        if not self._on_cpu:
+        if not self._on_cpu and not self._in_lockstep:
             reserve.start()
         where = torch.device(device)
         if where.type == "cuda":
@@ -155,6 +159,10 @@ class ElasticKv:
         """What SGLang may count on now: free, cached and in use together."""
         slots = self._owned_pool.slots
         return slots.total - slots.withheld
+
+    @property
+    def held_bytes(self) -> int:
+        return self._budget.held_bytes
 
     def holding(self) -> Holding:
         now = time.monotonic()
@@ -230,18 +238,30 @@ class ElasticKv:
             self._give_back_the_too_large(give_back)
         goal = max(self._wanted_stripes, self._needed_stripes())
         if goal > pool.staying_stripes:
-            try:
-                pool.grow(goal - pool.staying_stripes)
-            except DriverError as refusal:
-                if refusal.code not in _OUT_OF_MEMORY:
-                    raise
-                # Short for now, as the holding says: the next look tries again.
+            self._grow(goal - pool.staying_stripes)
         elif goal < pool.staying_stripes:
             self._evict_down_to(goal * pool.layout.slots_per_stripe)
             pool.shrink(pool.staying_stripes - goal)
         if pool.leaving:
             self._clear_the_leaving()
         pool.tick()
+        if self._in_lockstep and pool.leaving:
+            pool.slots.settle()
+
+    def _grow(self, stripes: int) -> None:
+        pool = self._owned_pool
+        if self._in_lockstep:
+            # Created first, where a driver may refuse it, so that mapping it brings the same stripes everywhere.
+            created = pool.reserve.stock(stripes - len(pool.leaving))
+            pool.grow(min(stripes, len(pool.leaving) + self.agree(created)))
+            pool.reserve.trim()
+            return
+        try:
+            pool.grow(stripes)
+        except DriverError as refusal:
+            if refusal.code not in _OUT_OF_MEMORY:
+                raise
+            # Short for now, as the holding says: the next look tries again.
 
     def _needed_stripes(self) -> int:
         """Below this SGLang could not take its next steps: it aborts a lone request, and raises in a chunked prefill."""
@@ -307,6 +327,9 @@ class ElasticKv:
             return immediate()
         stream = torch.cuda.current_stream()
         stream.wait_stream(self._scheduler.forward_stream)
+        if self._in_lockstep:
+            stream.synchronize()
+            return immediate()
         return after_stream(stream)()
 
     # What SGLang sees.
@@ -362,6 +385,10 @@ def _final_tokens(request: Any) -> int:
     """The most slots a request can ever need."""
     tokens: int = len(request.origin_input_ids) + request.sampling_params.max_new_tokens
     return tokens
+
+
+def _as_it_is(number: int) -> int:
+    return number
 
 
 def _driver(ceiling_bytes: int, *, on_cpu: bool) -> Driver:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import logging
 import os
 import time
@@ -21,15 +22,19 @@ from typing import Any
 
 import torch
 import zmq
+from sglang.srt.managers import io_struct
 from sglang.srt.managers import scheduler as scheduler_module
 from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang.srt.utils.watchdog import Watchdog
 
 from chimera.core.model import ModelSpec
+from chimera.core.shape import shape_of
 from chimera.engine.api import CannotServe, Holding, Leave, Order, Post, Remains, Stats, Vitals
 from chimera.engine.sglang.arguments import server_arguments
 from chimera.engine.sglang.elastic import ElasticKv
+from chimera.engine.sglang.gathering import gathered
 from chimera.engine.sglang.grammars import Grammars
+from chimera.engine.sglang.lockstep import Lockstep, NoForms
 from chimera.engine.sglang.mailbox import Mailbox
 from chimera.engine.sglang.plugin import elastic_memory
 from chimera.engine.sglang.releases import build
@@ -50,6 +55,9 @@ class _Mailboxed(scheduler_module.Scheduler):  # type: ignore[misc]
 
     kv: ElasticKv | None = None
     grammars: Grammars | None = None
+    lockstep: Lockstep | None = None
+    is_first = True
+    """Of the ranks that serve the model together."""
     _results: deque[Any] | None = None
 
     @property
@@ -68,6 +76,10 @@ class _Mailboxed(scheduler_module.Scheduler):  # type: ignore[misc]
         if self.grammars is not None:
             self.grammars.catch_up(req)
         super()._add_request_to_queue(req, *further, **named)
+
+    def process_input_requests(self, recv_reqs: list[Any]) -> None:
+        """As SGLang's own, with what is ours taken out."""
+        super().process_input_requests(recv_reqs if self.lockstep is None else self.lockstep.obey(recv_reqs))
 
     def on_idle(self) -> None:
         """As SGLang's own, whose leak check reads a capacity that may have moved since the last step."""
@@ -107,14 +119,16 @@ class _Later:
     """A mailbox that SGLang may hold on to before there is anybody to deliver to."""
 
     mailbox: Mailbox | None = None
+    lockstep: Lockstep | None = None
+    """Where others step with this one."""
 
     def recv(self, flags: int = 0) -> bytes:
-        assert self.mailbox is not None, "steps are taken only inside serve()"
-        return self.mailbox.recv(flags)
+        encoded: bytes = io_struct.msgpack_encode(self.recv_pyobj(flags))
+        return encoded
 
     def recv_pyobj(self, flags: int = 0) -> Any:
         assert self.mailbox is not None, "steps are taken only inside serve()"
-        return self.mailbox.recv_pyobj(flags)
+        return self.mailbox.recv_pyobj(flags) if self.lockstep is None else self.lockstep.read(self.mailbox)
 
     def send_output(self, output: Any, recv_obj: object = None) -> None:
         if self.mailbox is not None:
@@ -160,14 +174,12 @@ class SglangEngine:
         ceiling_bytes: int | None = None,
         place: Place | None = None,
     ) -> Vitals:
-        if len(gpu_ids) > 1:
-            raise CannotServe(
-                "a model over several GPUs needs a gang of workers, which this release cannot form", permanent=True
-            )
+        if place is not None:
+            _require_divisible(model, len(gpu_ids))
         started = time.perf_counter()
         self._empty_bytes = _taken_bytes(on_cpu=self._on_cpu)
         try:
-            self._scheduler = self._build(model, gpu_ids, kv_bytes, ceiling_bytes)
+            self._scheduler = self._build(model, gpu_ids, kv_bytes, ceiling_bytes, place)
         except CannotServe:
             self._forget()
             raise
@@ -175,8 +187,8 @@ class SglangEngine:
             # Loaders and models raise whatever they meet; all of it is the reason why this model is not there.
             log.warning("SGLang could not build model=%s", model.name, exc_info=True)
             self._forget()
-            short = isinstance(fault, MemoryError | torch.OutOfMemoryError)
-            raise CannotServe(f"SGLang could not build it: {type(fault).__name__}: {fault}", permanent=not short) from fault
+            passing = isinstance(fault, MemoryError | torch.OutOfMemoryError) or _is_a_peers(fault)
+            raise CannotServe(f"SGLang could not build it: {type(fault).__name__}: {fault}", permanent=not passing) from fault
         log.info("built model=%s seconds=%.3f", model.name, time.perf_counter() - started)
         return self._vitals()
 
@@ -188,21 +200,37 @@ class SglangEngine:
             context_length=scheduler.model_config.context_len,
         )
 
-    def _build(self, model: ModelSpec, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None) -> _Mailboxed:
+    def _build(
+        self,
+        model: ModelSpec,
+        gpu_ids: tuple[int, ...],
+        kv_bytes: int | None,
+        ceiling_bytes: int | None,
+        place: Place | None,
+    ) -> _Mailboxed:
         most_bytes = kv_bytes if ceiling_bytes is None else ceiling_bytes
         arguments = ServerArgs(**server_arguments(model, on_cpu=self._on_cpu, kv_bytes=most_bytes))
-        device = 0 if self._on_cpu else gpu_ids[0]
+        rank = 0 if place is None else place.rank
+        device = rank if self._on_cpu else gpu_ids[rank]
         if ceiling_bytes is not None:
-            level_bytes = ceiling_bytes if kv_bytes is None else kv_bytes
-            self._kv = ElasticKv(level_bytes=level_bytes, ceiling_bytes=ceiling_bytes, on_cpu=self._on_cpu)
-        with elastic_memory(self._kv), alone():
-            scheduler = build(_Mailboxed, arguments, PortArgs.init_new(arguments), device)
+            self._kv = ElasticKv(
+                level_bytes=ceiling_bytes if kv_bytes is None else kv_bytes,
+                ceiling_bytes=ceiling_bytes,
+                on_cpu=self._on_cpu,
+                in_lockstep=place is not None,
+            )
+        with elastic_memory(self._kv), alone() if place is None else gathered(place, len(gpu_ids)):
+            scheduler = build(_Mailboxed, arguments, PortArgs.init_new(arguments), device, rank)
         if self._kv is not None:
             self._kv.bind(scheduler)
             scheduler.kv = self._kv
-        self._grammars = Grammars(model.tokenizer_path, on_cpu=self._on_cpu)
-        self._grammars.bind(scheduler)
-        scheduler.grammars = self._grammars
+        if place is None:
+            self._grammars = Grammars(model.tokenizer_path, on_cpu=self._on_cpu)
+            self._grammars.bind(scheduler)
+            scheduler.grammars = self._grammars
+        else:
+            scheduler.lockstep = Lockstep(self._kv)
+            scheduler.is_first = rank == 0
         return scheduler
 
     def prepare(self, model: ModelSpec, *, gpu_ids: tuple[int, ...]) -> int:
@@ -211,15 +239,18 @@ class SglangEngine:
     def serve(self, post: Post, *, abandon: bool = False) -> None:
         """With `abandon`, whatever SGLang still has from an earlier post is given up first."""
         scheduler = self._require()
-        scheduler.later.mailbox = mailbox = Mailbox(
-            post,
-            idle=scheduler.is_fully_idle,
-            memory=self._kv,
-            grammars=self._grammars,
-            embeds=not scheduler.is_generation,
-        )
-        if abandon:
-            mailbox.abandon()
+        lockstep = scheduler.lockstep
+        if scheduler.is_first:
+            scheduler.later.lockstep = lockstep
+            scheduler.later.mailbox = mailbox = Mailbox(
+                post,
+                idle=scheduler.is_fully_idle,
+                memory=self._kv if self._kv is None or lockstep is None else lockstep,
+                grammars=self._grammars if lockstep is None else NoForms(),
+                embeds=not scheduler.is_generation,
+            )
+            if abandon:
+                mailbox.abandon()
         try:
             scheduler.run_event_loop()
         finally:
@@ -242,7 +273,10 @@ class SglangEngine:
         return Remains()  # whoever sets a model aside has it
 
     def holding(self) -> Holding | None:
-        return None if self._kv is None else self._kv.holding()
+        if self._kv is None:
+            return None
+        lockstep = self._require().lockstep
+        return self._kv.holding() if lockstep is None else lockstep.holding(self._kv)
 
     def deactivate(self) -> None:
         scheduler, self._scheduler = self._scheduler, None
@@ -342,3 +376,20 @@ def _taken_bytes(*, on_cpu: bool) -> int:
         return int(torch.cuda.memory_reserved())
     pages = Path("/proc/self/statm").read_text().split()
     return (int(pages[1]) - int(pages[2])) * _PAGE_BYTES
+
+
+def _require_divisible(model: ModelSpec, ranks: int) -> None:
+    """Before the ranks meet, so that each says it by itself and none waits for another."""
+    try:
+        shape = shape_of(json.loads((Path(model.path) / "config.json").read_bytes()))
+    except (OSError, ValueError):
+        return  # SGLang may know more architectures, and says what is wrong with the others
+    try:
+        shape.require_divisible(ranks)
+    except ValueError as fault:
+        raise CannotServe(str(fault), permanent=True) from fault
+
+
+def _is_a_peers(fault: Exception) -> bool:
+    """Another rank was lost while this one waited for it: no fault of the model's."""
+    return isinstance(fault, RuntimeError) and any(name in str(fault) for name in ("gloo", "NCCL"))

@@ -39,7 +39,9 @@ _UNTYPED = (type(None), bool, int, float, str)
 
 def takes_images(model: ModelSpec) -> bool:
     """Whoever asks for another of SGLang's loaders gets it: `dummy` has no files, others bring their own ways. And where
-    there is a second model, or weights that wander, one image is not all there is."""
+    there is a second model, weights that wander, or a part for each of several GPUs, one image is not all there is."""
+    if model.tp_size > 1:
+        return False
     wandering = any(name.startswith(_MORE_THAN_ONE_IMAGE) and value for name, value in model.engine_args.items())
     return not wandering and model.engine_args.get("load_format", "auto") in _FILES_FORMATS
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import zmq
-from sglang.srt.managers import io_struct
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchEmbeddingOutput,
@@ -45,10 +44,13 @@ _SHORT_OF_MEMORY = "Out of memory"
 class Memory(Protocol):
     """KV memory that changes between two steps."""
 
-    stalled: bool
-    """Requests wait, nothing runs, and no step will change that."""
-    restless: bool
-    """Something is under way that goes on without a step."""
+    @property
+    def stalled(self) -> bool:
+        """Requests wait, nothing runs, and no step will change that."""
+
+    @property
+    def restless(self) -> bool:
+        """Something is under way that goes on without a step."""
 
     def limit(self, order: Limit) -> None: ...
 
@@ -95,11 +97,7 @@ class Mailbox:
         """Whatever requests SGLang has of an earlier post, it shall let go of."""
         self._incoming.append(AbortReq(abort_all=True))
 
-    # As the socket that SGLang reads. Which of the two it calls depends on its own IPC setting.
-
-    def recv(self, flags: int = 0) -> bytes:
-        encoded: bytes = io_struct.msgpack_encode(self.recv_pyobj(flags))
-        return encoded
+    # As the socket that SGLang reads.
 
     def recv_pyobj(self, flags: int = 0) -> Any:
         if not self._incoming:

@@ -15,6 +15,8 @@ from sglang.srt.distributed import parallel_state
 from sglang.srt.distributed.parallel_state import GroupCoordinator, destroy_model_parallel
 from sglang.srt.runtime_context import reset_context
 
+from chimera.engine.sglang.gathering import parted
+
 _OF_A_MODEL: Final = {
     "sglang.srt.layers.dp_attention": ("_ATTN_DP_RANK", "_ATTN_DP_SIZE"),
     "sglang.srt.layers.cp.base": ("_STRATEGY",),
@@ -75,10 +77,11 @@ class Surroundings:
 
 def forget() -> None:
     """The model's surroundings are no longer needed. The default process group goes with the last model that has groups."""
-    destroy_model_parallel()
-    for name, group in _groups().items():  # the world, and what SGLang leaves to the end of the process
-        setattr(parallel_state, name, None)
-        group.destroy()
+    with parted():
+        destroy_model_parallel()
+        for name, group in _groups().items():  # the world, and what SGLang leaves to the end of the process
+            setattr(parallel_state, name, None)
+            group.destroy()
     if torch.distributed.is_initialized() and len(torch.distributed.distributed_c10d._world.pg_map) == 1:
         torch.distributed.destroy_process_group()
     reset_context()

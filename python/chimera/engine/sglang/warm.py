@@ -86,6 +86,7 @@ class WarmEngine:
         place: Place | None = None,
     ) -> Vitals:
         if place is not None:  # images are of whole models, and a canary would have to be asked by all
+            self._shelf.clear("what is kept is a world of its own, and a gang makes another")
             return self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes, place=place)
         vitals, image = self.bring_up(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
         try:
