@@ -27,7 +27,13 @@ class Node:
         self.now = 100.0
         gpus = [Gpu(gpu_id=i, capacity_bytes=2 * GIB, page_bytes=PAGE, virtual=True) for i in range(gpu_count)]
         self.memory = NodeMemory(
-            gpus, 7, send=self._deliver, start=self._begin, fail=self._failed, stop=lambda worker: pytest.fail(worker)
+            gpus,
+            7,
+            send=self._deliver,
+            start=self._begin,
+            fail=self._failed,
+            stop=lambda worker: pytest.fail(worker),
+            let_go=lambda worker, _: pytest.fail(worker),
         )
         self.holders: dict[str, dict[int, Holder]] = {}
         self.lives: dict[str, tuple[ReplicaId, Epoch]] = {}

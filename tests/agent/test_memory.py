@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 from chimera.agent.memory import RECALL_WITHIN_S, STOPPED_AFTER_S, NodeMemory
 from chimera.core.gpu import Gpu
@@ -16,12 +18,16 @@ from chimera.core.replica import Epoch, ReplicaId
 from chimera.ledger.book import Order
 from chimera.ledger.holder import Holder
 from chimera.msg import actions, events
-from chimera.msg.events import Outcome
+from chimera.msg.events import Kept, Outcome
 from chimera.units import GIB, MIB
 
-from tests.agent.rig import Front, model, parent, system
+from tests.agent.rig import Front, model, on_gpu, parent, system
 
 PAGE = 2 * MIB
+KEEPER_AND_LARGE: dict[str, dict[str, Any]] = {
+    "a": {"engine_args": {"kept_bytes": GIB}},
+    "b": {"weight_bytes": 3 * GIB // 2},
+}
 
 
 class World:
@@ -32,8 +38,15 @@ class World:
         self.gpu = Gpu(gpu_id=0, capacity_bytes=capacity_bytes, page_bytes=PAGE, virtual=True)
         self.stopped: list[str] = []
         self.memory = NodeMemory(
-            [self.gpu], 7, send=self._deliver, start=self._begin, fail=self._failed, stop=self.stopped.append
+            [self.gpu],
+            7,
+            send=self._deliver,
+            start=self._begin,
+            fail=self._failed,
+            stop=self.stopped.append,
+            let_go=lambda worker, order: self.let_go.append((worker, order.pages)),
         )
+        self.let_go: list[tuple[str, int]] = []
         self.holders: dict[str, Holder] = {}
         self.unread: list[Order] = []
         self.failed: list[events.ActivationFailed] = []
@@ -58,6 +71,17 @@ class World:
         self.now += 1.0
         self.memory.hear(self.holders[name].want(level), self.now)
         self.memory.hear(events.Woke(), self.now + 0.1)
+
+    def leave(self, name: str, keeping: int = 0) -> None:
+        """It keeps so many pages of it in its worker."""
+        holder = self.holders.pop(name)
+        kept = Kept(models=(name,), pages=keeping)
+        stopped = events.ReplicaStopped(replica=holder.replica, epoch=holder.epoch, reason="", kept=kept)
+        self.memory.hear(stopped, self.now)
+
+    def kept(self, name: str, pages: int) -> None:
+        kept = events.PagesKept(worker=f"w-{name}", gpu_id=0, kept=Kept(models=(name,) if pages else (), pages=pages))
+        self.memory.hear(kept, self.now)
 
     def settle(self) -> None:
         """Every replica reads its orders, and says so."""
@@ -133,6 +157,89 @@ def test_a_ceiling_is_kept() -> None:
     world = World()
     world.bring_up("a", ceiling_bytes=100 * PAGE)
     assert world.levels() == {"a": 100}
+
+
+def test_what_a_worker_keeps_is_charged_from_the_moment_at_which_its_replica_is_gone() -> None:
+    world = World()
+    for name in "ab":
+        world.bring_up(name)
+        world.settle()
+    world.want("b", 850)
+    world.settle()
+    world.leave("a", keeping=90)
+    world.settle()
+    assert world.memory.view(world.now).gpus[0].by_class()[LeaseClass.GRAPH] == 90
+    assert world.levels()["b"] >= 850 and not world.let_go
+
+
+def test_who_serves_has_what_it_needs_before_anything_is_kept() -> None:
+    world = World()
+    for name in "ab":
+        world.bring_up(name)
+        world.settle()
+    world.leave("a", keeping=100)
+    world.want("b", 950)
+    assert world.let_go == [("w-a", 42)]
+    world.want("b", 960)
+    assert world.let_go == [("w-a", 42), ("w-a", 32)], "asked for the difference"
+    world.kept("a", 20)
+    world.settle()
+    assert world.levels()["b"] >= 960
+
+
+def test_a_newcomer_waits_until_what_was_kept_is_back() -> None:
+    world = World()
+    world.bring_up("a", weight_bytes=1000 * MIB)
+    world.leave("a", keeping=400)
+    world.bring_up("b", weight_bytes=1500 * MIB)
+    assert world.let_go and "b" not in world.holders and not world.failed
+    world.kept("a", world.let_go[-1][1])
+    world.settle()
+    assert "b" in world.holders
+
+
+def test_a_newcomer_for_which_even_that_is_not_enough_is_refused_and_nobody_is_asked() -> None:
+    world = World()
+    world.bring_up("a")
+    world.leave("a", keeping=400)
+    world.bring_up("b", weight_bytes=3 * GIB)
+    assert len(world.failed) == 1 and not world.let_go
+
+
+def test_the_worker_to_which_a_model_returns_is_asked_last() -> None:
+    world = World()
+    for name in "abc":
+        world.bring_up(name)
+        world.settle()
+    for name, pages in (("a", 300), ("b", 200)):
+        world.leave(name, keeping=pages)
+    world.bring_up("a", weight_bytes=900 * MIB)
+    assert [worker for worker, _ in world.let_go] == ["w-b"]
+
+
+def test_what_nobody_has_room_for_is_not_kept() -> None:
+    world = World()
+    for name in "ab":
+        world.bring_up(name)
+        world.settle()
+    world.leave("a", keeping=2000)
+    world.settle()
+    charged = world.memory.ledger[0].kept()["w-a"]
+    assert ("w-a", charged) in world.let_go
+    world.kept("a", 0)
+    assert not world.memory.ledger[0].kept()
+
+
+def test_what_a_lost_worker_kept_is_back() -> None:
+    world = World()
+    for name in "ab":
+        world.bring_up(name)
+        world.settle()
+    world.leave("a", keeping=100)
+    world.memory.hear(events.WorkerLost(worker="w-a", reason="killed"), world.now)
+    world.want("b", 992)
+    world.settle()
+    assert world.levels()["b"] == 992 and not world.let_go
 
 
 def test_what_a_lost_worker_had_goes_to_the_others() -> None:
@@ -212,6 +319,43 @@ async def test_two_models_that_need_more_than_there_is_answer_every_request(pare
         assert made.agent.memory is not None
         for ledger in made.agent.memory.ledger:
             ledger.check()
+
+
+async def test_what_is_kept_goes_with_the_next_model_that_needs_the_room(parent_socket: Path) -> None:
+    """2 GiB: `a` leaves 1 GiB of itself behind, `b` needs 1.5."""
+    kept, large = (msgspec.structs.replace(model(name), **more) for name, more in KEEPER_AND_LARGE.items())
+    async with system(parent_socket, [kept, large], [on_gpu("a")], elastic=True) as (made, front):
+        await made.until(events.ReplicaReady)
+        front.send(events.UnloadWanted(order="1", front=front.name, model="a"))
+        await made.until(events.ReplicaStopped)
+        (worker,) = made.agent.workers
+        await until(lambda: worker.parked == ("a",))
+        assert made.agent.memory is not None
+        ledger = made.agent.memory.ledger[0]
+        assert ledger.kept() == {worker.name: 512}
+        front.send(events.LoadWanted(order="2", front=front.name, replica=ReplicaId("b"), gpu_ids=(0,)))
+        await made.until(events.ReplicaReady)
+        assert not made.agent.memory.ledger[0].kept()
+        made.agent.memory.ledger[0].check()
+
+
+async def test_the_next_agent_hears_what_is_kept(parent_socket: Path) -> None:
+    keeper = msgspec.structs.replace(model("a"), **KEEPER_AND_LARGE["a"])
+    async with system(parent_socket, [keeper], elastic=True) as (made, front):
+        await made.until(events.ReplicaReady)
+        front.send(events.UnloadWanted(order="1", front=front.name, model="a"))
+        await made.until(events.ReplicaStopped)
+        await made.kill_agent()
+        await made.start_agent()
+        await until(lambda: [worker.parked for worker in made.agent.workers] == [("a",)])
+        assert made.agent.memory is not None
+        assert list(made.agent.memory.ledger[0].kept().values()) == [512]
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(10.0):
+        while not holds():  # noqa: ASYNC110 - an attribute has no event
+            await asyncio.sleep(0)
 
 
 async def test_the_snapshot_shows_the_ledgers(parent_socket: Path) -> None:

@@ -349,7 +349,7 @@ def test_a_model_that_returns_is_bound_again_and_not_built(
 
 def test_a_parked_model_has_no_cache_memory(parking: "WarmEngine", checkpoints: Path) -> None:
     visit(parking, "llama", checkpoints / "llama")
-    (parked,) = parking._shelf
+    (parked,) = parking._shelf.on(0)
     assert parked.what.kv._driver.created_bytes == 0
     assert parking._bare.holding() is None
     parking.activate(parked.berth.model, gpu_ids=(0,), kv_bytes=KV, ceiling_bytes=2 * KV)
@@ -359,7 +359,7 @@ def test_a_parked_model_has_no_cache_memory(parking: "WarmEngine", checkpoints: 
 
 def test_a_third_model_makes_the_oldest_leave(parking: "WarmEngine", checkpoints: Path) -> None:
     said = {name: visit(parking, name, checkpoints / name) for name in ("llama", "qwen3")}
-    for parked in parking._shelf:
+    for parked in parking._shelf.on(0):
         parked.build_s = 1.0  # equals but for their time here
     visit(parking, "gemma2", checkpoints / "gemma2")
     assert "llama" not in on_shelf(parking) and len(on_shelf(parking)) == 2
@@ -370,8 +370,8 @@ def test_letting_go_of_one_leaves_the_one_that_is_up_alone(parking: "WarmEngine"
     wanted = visit(parking, "qwen3", checkpoints / "qwen3")
     visit(parking, "moe", checkpoints / "moe")
     parking.activate(model("qwen3", str(checkpoints / "qwen3")), gpu_ids=(0,), kv_bytes=KV, ceiling_bytes=2 * KV)
-    parking._shelf.clear("room is needed")
-    assert parking.ask(PROMPT, 4) == wanted
+    parking.let_go(0, 0, "room is needed")
+    assert not on_shelf(parking) and parking.ask(PROMPT, 4) == wanted
     parking.deactivate()
     assert visit(parking, "qwen3", checkpoints / "qwen3") == wanted
 
@@ -399,7 +399,7 @@ def test_a_parked_model_that_says_something_else_is_not_served(
     parking: "WarmEngine", store: WeightStore, checkpoints: Path
 ) -> None:
     visit(parking, "llama", checkpoints / "llama")
-    (parked,) = parking._shelf
+    (parked,) = parking._shelf.on(0)
     scheduler = parked.what.scheduler
     weights = next(p for name, p in scheduler.tp_worker.model_runner.model.named_parameters() if "lm_head" in name)
     with torch.no_grad():

@@ -45,6 +45,47 @@ def test_a_worker_becomes_one_model_after_another(stage: Stage, worker: Hired) -
         assert worker.inbox.next(events.ReplicaStopped).reason == "a test is done"
 
 
+KEPT = {"kept_bytes": 300 << 20}
+PAGE_BYTES = 2 << 20
+LEASE = actions.FirstLease(page_bytes=PAGE_BYTES, revision=1, level=8, ceiling=8)
+
+
+def keep(worker: Hired, name: str) -> events.ReplicaStopped:
+    """Have it leave something there."""
+    epoch, _ = worker.become(model(name, engine_args=KEPT), lease=LEASE)
+    worker.leave(name, epoch)
+    return worker.inbox.next(events.ReplicaStopped, past=(events.PagesReturned, events.PagesWanted))
+
+
+def let_go(worker: Hired, pages: int) -> events.Kept:
+    worker.channel.send(stream.LetGo(gpu_id=0, pages=pages, page_bytes=PAGE_BYTES, reason="a test wants it"))
+    told = worker.inbox.next(events.PagesKept, past=(events.PagesReturned, events.PagesWanted))
+    assert (told.worker, told.gpu_id) == ("w0", 0)
+    return told.kept
+
+
+def test_a_worker_says_what_it_keeps_when_a_model_has_left(worker: Hired) -> None:
+    assert keep(worker, "a").kept == events.Kept(models=("a",), pages=150)
+    assert keep(worker, "b").kept == events.Kept(models=("a", "b"), pages=300)
+
+
+def test_an_empty_worker_lets_go_of_what_it_keeps(worker: Hired) -> None:
+    keep(worker, "a")
+    keep(worker, "b")
+    assert let_go(worker, 299) == events.Kept(models=("b",), pages=150)
+    assert let_go(worker, 0) == events.Kept()
+
+
+def test_a_worker_that_serves_lets_go_of_all_but_what_it_serves(stage: Stage, worker: Hired) -> None:
+    keep(worker, "a")
+    keep(worker, "b")
+    epoch, _ = worker.become(model("b", engine_args=KEPT), lease=LEASE)
+    assert let_go(worker, 0) == events.Kept(pages=150), "what belongs to the one that is up cannot go"
+    worker.submit("r", epoch, payload([1, 2, 3], 2))
+    (answer,) = stage.finished("r")
+    assert answer.outcome is Outcome.LENGTH
+
+
 def test_a_request_for_another_epoch_goes_back_to_its_front_end(stage: Stage, worker: Hired) -> None:
     epoch, _ = worker.become(model("a"))
     worker.submit("late", Epoch(1, epoch.counter - 1), payload([1], 5))

@@ -111,6 +111,7 @@ class Agent:
                 start=self._start_replica,
                 fail=self._fail_replica,
                 stop=self._stop_worker,
+                let_go=self._have_let_go,
                 survivors=self._survivors(time.monotonic() + SPEAK_WITHIN_S),
             )
         self._room_bytes: dict[int, int] = {}
@@ -213,6 +214,9 @@ class Agent:
                 self._note_preparation(message)
                 self._pool.vacate(worker)
                 self._prepare_next()
+            case events.PagesKept():
+                worker.parked = message.kept.models
+                self._hear_of_memory(message)
             case events.PagesWanted() | events.PagesReturned():
                 self._hear_of_memory(message)
             case events.StepsTimed():
@@ -250,7 +254,7 @@ class Agent:
     def _leave(self, gang: Gang, worker: Worker, end: End) -> None:
         """A worker has become EMPTY."""
         gang.leave(worker, end)
-        if isinstance(end, events.ReplicaStopped):
+        if isinstance(end, events.ReplicaStopped) and end.kept is not None:
             worker.parked = end.kept.models
         self._pool.vacate(worker)
         self._note_end(gang)
@@ -481,6 +485,11 @@ class Agent:
         log.warning("no memory replica=%s reason=%s", failed.replica, failed.reason)
         # Not from inside the decision that asked for it.
         asyncio.get_running_loop().call_soon(self._report, failed)
+
+    def _have_let_go(self, name: str, order: stream.LetGo) -> None:
+        worker = next((worker for worker in self._pool if worker.name == name), None)
+        if worker is not None:
+            worker.send(order)
 
     def _stop_worker(self, name: str) -> None:
         worker = next((worker for worker in self._pool if worker.name == name), None)

@@ -26,12 +26,15 @@ from chimera.msg.events import (
     ActivationFailed,
     Event,
     GpuSampled,
+    Kept,
     PagesHeld,
+    PagesKept,
     PagesReturned,
     PagesWanted,
     ReplicaStopped,
     WorkerLost,
 )
+from chimera.msg.stream import LetGo
 from chimera.sched.shares import Claim, divide_all, is_unfair
 from chimera.units import MIB, ceil_div, format_bytes
 
@@ -68,7 +71,8 @@ class _Tenancy:
 class NodeMemory:
     """`send` takes orders to replicas, `start` activations whose memory is there, `fail` those that can never fit.
 
-    `stop` takes the name of a worker that keeps what was recalled: only its end brings that back.
+    `stop` takes the name of a worker that keeps what was recalled: only its end brings that back. `let_go` takes a worker that
+    is to keep less of models that have left, and the order.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class NodeMemory:
         start: Callable[[Activate], None],
         fail: Callable[[ActivationFailed], None],
         stop: Callable[[str], None],
+        let_go: Callable[[str, LetGo], None],
         survivors: Mapping[int, Survivors] | None = None,
     ) -> None:
         """`survivors`, by GPU, are workers of an earlier agent that have yet to say what they hold."""
@@ -89,6 +94,9 @@ class NodeMemory:
         self._start = start
         self._fail = fail
         self._stop = stop
+        self._let_go = let_go
+        self._asked: dict[tuple[str, int], int] = {}
+        """Pages to which workers were asked to come down, by GPU; they have not answered yet."""
         self._tenancies: dict[Life, _Tenancy] = {}
         self._divided_s: dict[int, float] = {}
         self._put_off: dict[int, float] = {}
@@ -106,17 +114,22 @@ class NodeMemory:
             claim = Claim(level=0, least=_least(gpu, ceiling), ceiling=ceiling)
             shares[gpu_id] = _Share(worker=worker, weight_pages=weights, claim=claim)
         for gpu_id, share in shares.items():
-            least = [claim.least for claim in self._claims(gpu_id).values()]
-            short = share.weight_pages + share.claim.least + sum(least) - self._elastic_pages(gpu_id)
-            if short > 0:
+            short = self._short(gpu_id, share)
+            if short > sum(self.ledger[gpu_id].kept().values()):
                 lacks = format_bytes(short * self.ledger[gpu_id].gpu.page_bytes)
                 reason = f"GPU {gpu_id} lacks {lacks} for its weights and least KV memory"
                 self._fail(ActivationFailed(replica=life[0], epoch=life[1], reason=reason))
                 return
         for gpu_id, share in shares.items():
+            self._make_room(gpu_id, self._short(gpu_id, share), f"{life[0]} comes up", last=share.worker)
             self.ledger[gpu_id].open(life, share.worker)
         self._tenancies[life] = _Tenancy(shares=shares, waiting=activation)
         self._divide(shares, now, f"{life[0]} comes up")
+
+    def _short(self, gpu_id: int, share: _Share) -> int:
+        """Pages that are missing for one more replica, if everyone else comes down to the least."""
+        least = [claim.least for claim in self._claims(gpu_id).values()]
+        return share.weight_pages + share.claim.least + sum(least) - self._elastic_pages(gpu_id)
 
     def take_over(self, activation: Activate, held: PagesHeld, now: float) -> None:
         """A replica goes on that an earlier agent has started."""
@@ -147,10 +160,16 @@ class NodeMemory:
                     share.claim = msgspec.structs.replace(share.claim, wanted=level)
             case _:
                 pass
+        kept = self._told_to_keep(event)
         touched = self._forget(event)
         self._pass_on(self.ledger.on(event, now), now)
+        for (worker, gpu_id), pages in kept.items():
+            self._asked.pop((worker, gpu_id), None)
+            charged = self.ledger[gpu_id].kept().get(worker, 0)
+            if pages > charged:
+                self._ask(worker, gpu_id, charged, "there is no room for more")
         self._start_who_can(now)
-        if isinstance(event, PagesWanted | PagesReturned | GpuSampled):
+        if isinstance(event, PagesWanted | PagesReturned | PagesKept | GpuSampled):
             touched.add(event.gpu_id)
         touched |= {gpu_id for gpu_id, due_s in self._put_off.items() if due_s <= now}
         for gpu_id in touched:
@@ -179,6 +198,9 @@ class NodeMemory:
 
     def _redivide(self, gpu_id: int, now: float) -> None:
         """If there is reason to; and not again at once, because every request that comes or ends changes what is wanted."""
+        # Whoever serves goes before whoever has left.
+        needed = sum(claim.need for claim in self._claims(gpu_id).values())
+        self._make_room(gpu_id, needed - self._elastic_pages(gpu_id), "a replica has less than its requests need")
         together = self._together([gpu_id])
         if not is_unfair(self._capacities(together), {gpu_id: self._claims(gpu_id) for gpu_id in together}):
             self._put_off.pop(gpu_id, None)
@@ -233,6 +255,36 @@ class NodeMemory:
         waiting = (t for t in self._tenancies.values() if t.waiting is not None and gpu_id in t.shares)
         coming = sum(tenancy.shares[gpu_id].weight_pages for tenancy in waiting)
         return max(0, view.gpu.pages - fixed - coming)
+
+    # What workers keep of models that have left.
+
+    def _told_to_keep(self, event: Event) -> dict[tuple[str, int], int]:
+        """The pages that a worker says it keeps on a GPU."""
+        match event:
+            case PagesKept(worker=worker, gpu_id=gpu_id, kept=kept):
+                return {(worker, gpu_id): kept.pages}
+            case ReplicaStopped(replica=replica, epoch=epoch, kept=Kept(pages=pages)):
+                tenancy = self._tenancies.get((replica, epoch))
+                return {} if tenancy is None else {(share.worker, gpu_id): pages for gpu_id, share in tenancy.shares.items()}
+            case WorkerLost(worker=worker):
+                self._asked = {key: pages for key, pages in self._asked.items() if key[0] != worker}
+        return {}
+
+    def _make_room(self, gpu_id: int, pages: int, reason: str, last: str = "") -> None:
+        """Have workers let go of so many pages that were not asked for yet: who keeps the most first, and `last` at last."""
+        kept = self.ledger[gpu_id].kept()
+        levels = {worker: self._asked.get((worker, gpu_id), level) for worker, level in kept.items()}
+        pages -= sum(kept.values()) - sum(levels.values())
+        for worker, level in sorted(levels.items(), key=lambda item: (item[0] == last, -item[1])):
+            if pages > 0 and level > 0:
+                self._ask(worker, gpu_id, max(0, level - pages), reason)
+                pages -= level
+
+    def _ask(self, worker: str, gpu_id: int, pages: int, reason: str) -> None:
+        self._asked[worker, gpu_id] = pages
+        log.info("let go worker=%s gpu=%d pages=%d reason=%r", worker, gpu_id, pages, reason)
+        page_bytes = self.ledger[gpu_id].gpu.page_bytes
+        self._let_go(worker, LetGo(gpu_id=gpu_id, pages=pages, page_bytes=page_bytes, reason=reason))
 
     # Coming and going.
 

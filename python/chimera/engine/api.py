@@ -149,3 +149,6 @@ class Engine(Protocol):
 
     def remains(self, gpu_id: int) -> Remains:
         """On one GPU. What was kept of a model that is up again counts in the bytes."""
+
+    def let_go(self, gpu_id: int, most_bytes: int, reason: str) -> None:
+        """Keep no more than this there, whatever it costs those who return."""

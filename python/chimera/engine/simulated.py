@@ -37,6 +37,8 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     kv_tokens: int = 65536
     """Slots of the pool when no limit is given."""
     max_running: int = 256
+    kept_bytes: int = 0
+    """What stays of it when it has left; nothing if it is not to be parked."""
 
 
 class _Running:
@@ -70,6 +72,7 @@ class SimulatedEngine:
     def __init__(self) -> None:
         self._costs = Costs()
         self._model = ""
+        self._kept: dict[str, int] = {}
         self._kv_tokens = 0
         self._token_bytes = 1
         self._elastic = False
@@ -122,7 +125,13 @@ class SimulatedEngine:
         return Stats(running=len(self._running), queued=len(self._waiting), kv_tokens=self._kv_tokens, kv_used_tokens=used)
 
     def remains(self, gpu_id: int) -> Remains:
-        return Remains()
+        return Remains(tuple(name for name in self._kept if name != self._model), sum(self._kept.values()))
+
+    def let_go(self, gpu_id: int, most_bytes: int, reason: str) -> None:
+        """The one that came first goes first."""
+        for name in [name for name in self._kept if name != self._model]:
+            if sum(self._kept.values()) > most_bytes:
+                del self._kept[name]
 
     def holding(self) -> Holding | None:
         """It has what its requests may come to need; the rest of its level is free to go at once."""
@@ -137,6 +146,8 @@ class SimulatedEngine:
     def deactivate(self) -> None:
         self._waiting.clear()
         self._running.clear()
+        if self._model and self._costs.kept_bytes:
+            self._kept[self._model] = self._costs.kept_bytes
         self._model = ""
 
     def _take(self, order: Order, post: Post) -> None:

@@ -24,7 +24,7 @@ from chimera.core.ledger_view import Entry, GpuLedgerView
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.errors import ProtocolError
 from chimera.msg.actions import Grant, Recall
-from chimera.msg.events import Event, GpuSampled, PagesHeld, PagesReturned, PagesWanted, ReplicaStopped, WorkerLost
+from chimera.msg.events import Event, GpuSampled, PagesHeld, PagesKept, PagesReturned, PagesWanted, ReplicaStopped, WorkerLost
 from chimera.units import ceil_div
 
 Life = tuple[ReplicaId, Epoch]
@@ -169,8 +169,10 @@ class GpuLedger:
                 self._wanted(event)
             case PagesHeld():
                 orders += self._announced(event, now)
+            case PagesKept():
+                self._keep(event.worker, event.kept.pages)
             case ReplicaStopped():
-                self._end((event.replica, event.epoch))
+                self._stopped(event)
             case WorkerLost():
                 self._worker_lost(event.worker)
             case GpuSampled():
@@ -178,6 +180,10 @@ class GpuLedger:
             case _:
                 pass
         return orders + self._give(now)
+
+    def kept(self) -> dict[str, int]:
+        """Pages by worker that stay with it whichever replica it is, and that it gives back when asked."""
+        return {key[0]: pages for key, pages in self._reserved.items() if key[1:] == (None, LeaseClass.GRAPH)}
 
     def view(self, now: float) -> GpuLedgerView:
         return GpuLedgerView(gpu=self.gpu, entries=tuple(self._entries(now)), learning=self.learning)
@@ -322,6 +328,17 @@ class GpuLedger:
             if pages > 0 and lease_class not in _NOT_FOR_HOLDERS:
                 self._reserved.setdefault((worker, life, lease_class), pages)
 
+    def _keep(self, worker: str, pages: int) -> None:
+        """What a worker has beside any life. It is there; but of what nobody has room for, only what fits is charged.
+
+        The caller sees the difference, and has it given back.
+        """
+        key = (worker, None, LeaseClass.GRAPH)
+        self._reserved.pop(key, None)
+        pages = pages if self.learning else min(pages, self.free)
+        if pages > 0 and worker not in self._lost:
+            self._reserved[key] = pages
+
     def _heard(self, worker: str) -> None:
         if worker in self._awaited:
             self._awaited.discard(worker)
@@ -338,6 +355,13 @@ class GpuLedger:
         for key in [key for key in self._reserved if key[0] == worker]:
             del self._reserved[key]
         self._heard(worker)
+
+    def _stopped(self, event: ReplicaStopped) -> None:
+        """What its worker keeps is part of what comes back: at no moment is it free."""
+        account = self._accounts.get((event.replica, event.epoch))
+        self._end((event.replica, event.epoch))
+        if account is not None and event.kept is not None:
+            self._keep(account.worker, event.kept.pages)
 
     def _end(self, life: Life) -> None:
         if life[1].agent_start != self._agent_start:

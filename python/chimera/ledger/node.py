@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from chimera.core.ledger_view import LedgerView
 from chimera.errors import ProtocolError
 from chimera.ledger.book import GpuLedger, Order
-from chimera.msg.events import Event, GpuSampled, PagesHeld, PagesReturned, PagesWanted
+from chimera.msg.events import Event, GpuSampled, PagesHeld, PagesKept, PagesReturned, PagesWanted
 
 
 class NodeLedger:
@@ -27,7 +27,7 @@ class NodeLedger:
     def on(self, event: Event, now: float) -> list[Order]:
         """To the GPU it speaks of; what speaks of none (a stopped replica, a lost worker, the time) goes to all."""
         match event:
-            case PagesReturned() | PagesWanted() | PagesHeld() | GpuSampled():
+            case PagesReturned() | PagesWanted() | PagesHeld() | PagesKept() | GpuSampled():
                 ledger = self._of_gpu.get(event.gpu_id)
                 if ledger is None:
                     raise ProtocolError(f"{type(event).__name__} speaks of GPU {event.gpu_id}, which is not on this node")

@@ -125,7 +125,8 @@ class ReplicaStopped(Event, frozen=True, kw_only=True):
     replica: ReplicaId
     epoch: Epoch
     reason: str
-    kept: Kept = Kept()
+    kept: Kept | None = None
+    """Empty: as before."""
 
 
 class ActivationFailed(Event, frozen=True, kw_only=True):
@@ -189,6 +190,14 @@ class PagesHeld(Event, frozen=True, kw_only=True):
     """What that order allows."""
     held: int = 0
     """What the replica has; above the level while it is still on its way down."""
+
+
+class PagesKept(Event, frozen=True, kw_only=True):
+    """What a worker keeps has changed without a replica's end, or is told to an agent that is new."""
+
+    worker: str
+    gpu_id: int
+    kept: Kept
 
 
 class PolicyChosen(Event, frozen=True, kw_only=True):

@@ -194,6 +194,15 @@ class Prepare(Stream, frozen=True, kw_only=True):
     gpu_ids: tuple[int, ...] = (0,)
 
 
+class LetGo(Stream, frozen=True, kw_only=True):
+    """Asks a worker to keep no more than so many pages of models that have left; `PagesKept` is the answer."""
+
+    gpu_id: int
+    pages: int
+    page_bytes: int
+    reason: str
+
+
 class Prepared(Stream, frozen=True, kw_only=True):
     model: str
     host_bytes: int = 0

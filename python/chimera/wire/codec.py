@@ -32,6 +32,7 @@ Message = (
     | events.PagesWanted
     | events.PagesReturned
     | events.PagesHeld
+    | events.PagesKept
     | events.PolicyChosen
     | events.LoadWanted
     | events.UnloadWanted
@@ -68,6 +69,7 @@ Message = (
     | stream.Forked
     | stream.Prepare
     | stream.Prepared
+    | stream.LetGo
     | stream.LedgerTold
     | stream.ReplicaNews
     | stream.ReloadWanted

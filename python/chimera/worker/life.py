@@ -19,6 +19,7 @@ from chimera.msg import actions, stream
 from chimera.msg.events import Outcome, ReplicaReady, RequestFinished
 from chimera.msg.stream import Payload, TokenDelta
 from chimera.wire.codec import Message
+from chimera.worker.keeping import Keeping
 from chimera.worker.lease import LeaseDesk
 from chimera.worker.ties import Ties
 
@@ -41,7 +42,15 @@ class _Open:
 
 
 class Life:
-    def __init__(self, replica: ReplicaId, epoch: Epoch, engine: Engine, ties: Ties, lease: LeaseDesk | None = None) -> None:
+    def __init__(
+        self,
+        replica: ReplicaId,
+        epoch: Epoch,
+        engine: Engine,
+        ties: Ties,
+        keeping: Keeping,
+        lease: LeaseDesk | None = None,
+    ) -> None:
         self.replica = replica
         self.epoch = epoch
         self.stop_reason = ""
@@ -49,6 +58,7 @@ class Life:
         """The whole process is to end with this life."""
         self._engine = engine
         self._ties = ties
+        self._keeping = keeping
         self._lease = lease
         self._open: dict[str, _Open] = {}
         self._paused_until_s: float | None = None
@@ -156,6 +166,8 @@ class Life:
                 self._paused_until_s = None
             case actions.Grant(epoch=self.epoch) | actions.Recall(epoch=self.epoch) if self._lease is not None:
                 return self._lease.obey(message, time.monotonic())
+            case stream.LetGo():
+                self._keeping.obey(message)
             case stream.Stop(drain_s=drain_s):
                 self._leave_by_s = time.monotonic() + drain_s
                 self.stop_reason = "the server is stopping"

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from chimera.engine.api import CannotServe, Engine, Leave
 from chimera.msg import actions, events, stream
-from chimera.units import ceil_div
 from chimera.worker.following import Following
+from chimera.worker.keeping import Keeping
 from chimera.worker.lease import LeaseDesk
 from chimera.worker.life import Life
 from chimera.worker.ties import AgentGone, Ties
@@ -29,17 +29,18 @@ def run(worker: str, agent_socket: Path, make_engine: Callable[[], Engine]) -> i
         log.warning("no agent to work for: %s", fault)
         return 1
     engine = make_engine()
+    keeping = Keeping(engine, ties)
     log.info("empty worker=%s pid=%d", worker, os.getpid())
     try:
-        while (order := _next_activation(engine, ties)) is not None:
-            if _live(order, engine, ties):
+        while (order := _next_activation(engine, ties, keeping)) is not None:
+            if _live(order, engine, ties, keeping):
                 return 0
     except AgentGone as end:
         log.info("leaving worker=%s reason=%s", worker, end)
     return 0
 
 
-def _next_activation(engine: Engine, ties: Ties) -> actions.Activate | None:
+def _next_activation(engine: Engine, ties: Ties, keeping: Keeping) -> actions.Activate | None:
     """Waits, EMPTY, for a model; `None` is the order to stop."""
     while True:
         messages = ties.receive(None)
@@ -50,6 +51,8 @@ def _next_activation(engine: Engine, ties: Ties) -> actions.Activate | None:
                     return message
                 case stream.Prepare():
                     _prepare(message, engine, ties)
+                case stream.LetGo():
+                    keeping.obey(message)
                 case stream.Stop():
                     return None
                 case stream.Submit(request_id=request_id, front=front):
@@ -71,7 +74,7 @@ def _prepare(order: stream.Prepare, engine: Engine, ties: Ties) -> None:
     ties.tell_agent(stream.Prepared(model=name, host_bytes=host_bytes, took_s=took_s))
 
 
-def _live(order: actions.Activate, engine: Engine, ties: Ties) -> bool:
+def _live(order: actions.Activate, engine: Engine, ties: Ties, keeping: Keeping) -> bool:
     """One life, from activation to `ReplicaStopped`; whether the process was told to stop in it."""
     replica, epoch = order.seat.replica, order.epoch
     assert epoch is not None
@@ -105,21 +108,16 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties) -> bool:
         life = Following(epoch, ties)
     else:
         leases = dict(zip(order.seat.gpu_ids, order.leases, strict=True)) if order.leases else None
-        life = Life(replica, epoch, engine, ties, None if leases is None else LeaseDesk(replica, epoch, leases))
+        desk = None if leases is None else LeaseDesk(replica, epoch, leases)
+        life = Life(replica, epoch, engine, ties, keeping, desk)
         ties.stand_as(partial(life.standing, order, ready))
     log.info("serving replica=%s epoch=%s load_s=%.3f", replica, epoch, time.monotonic() - started)
     with contextlib.suppress(Leave):
         engine.serve(life)
     engine.deactivate()
     ties.stand_as(None)
-    kept = _kept(engine, order)
+    alone = len(order.leases) == 1  # what a gang keeps, each of it says for itself
+    kept = keeping.on(order.seat.gpu_ids[0], order.leases[0].page_bytes) if alone else None
     ties.tell_agent(events.ReplicaStopped(replica=replica, epoch=epoch, reason=life.stop_reason, kept=kept))
     log.info("empty again replica=%s reason=%s", replica, life.stop_reason)
     return life.told_to_stop
-
-
-def _kept(engine: Engine, order: actions.Activate) -> events.Kept:
-    """In the pages of the lease that has ended; without one nobody counts."""
-    remains = engine.remains(order.seat.gpu_ids[0])
-    pages = ceil_div(remains.nbytes, order.leases[0].page_bytes) if order.leases else 0
-    return events.Kept(models=remains.models, pages=pages)

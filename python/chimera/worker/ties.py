@@ -44,6 +44,7 @@ class Ties:
         self._untold: list[RequestFinished] = []
         """Ends of requests that no agent has heard of."""
         self._standing: Callable[[], list[Message]] = _empty
+        self._kept: Callable[[], list[Message]] = list
         self._fronts: dict[str, BlockingChannel] = {}
         self._put_back: list[Message] = []
 
@@ -54,6 +55,10 @@ class Ties:
     def stand_as(self, standing: Callable[[], list[Message]] | None) -> None:
         """What the next agent is told first; `None`: that the worker is EMPTY."""
         self._standing = standing or _empty
+
+    def keep_as(self, kept: Callable[[], list[Message]]) -> None:
+        """What the next agent is told before that: what there is beside it."""
+        self._kept = kept
 
     def receive(self, wait_s: float | None) -> list[Message]:
         """The agent's messages; with none there, waits up to `wait_s`, sending meanwhile what peers had no room for.
@@ -109,7 +114,7 @@ class Ties:
             return False
         self._alone_since_s = None
         untold, self._untold = self._untold, []
-        for message in (self._hello, *self._standing(), *untold):
+        for message in (self._hello, *self._kept(), *self._standing(), *untold):
             self.tell_agent(message)
         return True
 

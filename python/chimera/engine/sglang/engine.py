@@ -272,6 +272,9 @@ class SglangEngine:
     def remains(self, gpu_id: int) -> Remains:
         return Remains()  # whoever sets a model aside has it
 
+    def let_go(self, gpu_id: int, most_bytes: int, reason: str) -> None:
+        """There is nothing."""
+
     def holding(self) -> Holding | None:
         if self._kv is None:
             return None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -42,7 +42,7 @@ class Parked(Generic[T]):
 
 
 class Shelf(Generic[T]):
-    """At most `most` models and `most_bytes`; `discard` ends what must go."""
+    """At most `most` models, and `most_bytes` on each GPU; `discard` ends what must go."""
 
     def __init__(self, most: int, most_bytes: int | None, discard: Callable[[T], None]) -> None:
         self.most = most
@@ -50,12 +50,8 @@ class Shelf(Generic[T]):
         self._discard = discard
         self._parked: list[Parked[T]] = []
 
-    def __iter__(self) -> Iterator[Parked[T]]:
-        return iter(self._parked)
-
-    @property
-    def nbytes(self) -> int:
-        return sum(parked.nbytes for parked in self._parked)
+    def on(self, gpu_id: int) -> list[Parked[T]]:
+        return [parked for parked in self._parked if parked.berth.gpu_ids[0] == gpu_id]
 
     def put(self, parked: Parked[T]) -> None:
         """Keep it, unless it is what is worth least where not all can stay."""
@@ -63,9 +59,9 @@ class Shelf(Generic[T]):
             self._drop(known, "it was built anew")
         self._parked.append(parked)
         while len(self._parked) > self.most:
-            self._drop(self._least(), f"{self.most} models are kept")
+            self._drop(self._least(self._parked), f"{self.most} models are kept")
         if self.most_bytes is not None:
-            self.trim(self.most_bytes, "what is kept has a budget")
+            self.trim(self.most_bytes, "what is kept has a budget", parked.berth.gpu_ids[0])
 
     def take(self, berth: Berth) -> Parked[T] | None:
         for parked in self._parked:
@@ -74,23 +70,23 @@ class Shelf(Generic[T]):
                 return parked
         return None
 
-    def trim(self, most_bytes: int, reason: str) -> None:
-        """The least loss goes first, until no more than this is kept."""
-        while self._parked and self.nbytes > most_bytes:
-            self._drop(self._least(), reason)
+    def trim(self, most_bytes: int, reason: str, gpu_id: int) -> None:
+        """On one GPU, the least loss goes first, until no more than this is kept there."""
+        while (here := self.on(gpu_id)) and sum(parked.nbytes for parked in here) > most_bytes:
+            self._drop(self._least(here), reason)
 
     def clear(self, reason: str) -> None:
         while self._parked:
             self._drop(self._parked[0], reason)
 
-    def _least(self) -> Parked[T]:
+    def _least(self, among: list[Parked[T]]) -> Parked[T]:
         """Seconds to build again, per byte, the less the longer nobody has asked for it: as images are valued."""
         now_s = time.monotonic()
 
         def worth(parked: Parked[T]) -> float:
             return parked.build_s / max(MIB, parked.nbytes) / max(0.001, now_s - parked.since_s)
 
-        return min(self._parked, key=worth)
+        return min(among, key=worth)
 
     def _drop(self, parked: Parked[T], reason: str) -> None:
         self._parked.remove(parked)

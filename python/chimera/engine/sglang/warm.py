@@ -138,10 +138,15 @@ class WarmEngine:
         self._bare.deactivate()
 
     def remains(self, gpu_id: int) -> Remains:
-        parked = [parked for parked in self._shelf if parked.berth.gpu_ids[0] == gpu_id]
+        parked = self._shelf.on(gpu_id)
         models = tuple(dict.fromkeys(p.berth.model.name for p in parked))
-        up = self._up.kept_bytes if self._up is not None and self._up.berth.gpu_ids[0] == gpu_id else 0
-        return Remains(models, up + sum(p.nbytes for p in parked))
+        return Remains(models, self._kept_of_up(gpu_id) + sum(p.nbytes for p in parked))
+
+    def let_go(self, gpu_id: int, most_bytes: int, reason: str) -> None:
+        self._shelf.trim(most_bytes - self._kept_of_up(gpu_id), reason, gpu_id)
+
+    def _kept_of_up(self, gpu_id: int) -> int:
+        return self._up.kept_bytes if self._up is not None and self._up.berth.gpu_ids[0] == gpu_id else 0
 
     def takes_image(self, model: ModelSpec) -> bool:
         return takes_images(model) and not model.embedding  # which says nothing that could be compared
