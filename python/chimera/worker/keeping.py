@@ -19,20 +19,32 @@ class Keeping:
         self._ties = ties
         self._page_bytes: dict[int, int] = {}
         """By GPU, as a lease or an order there had it."""
+        self._told: dict[int, Kept] = {}
         ties.keep_as(self._told_anew)
 
-    def on(self, gpu_id: int, page_bytes: int) -> Kept:
+    def told(self, gpu_id: int, page_bytes: int) -> Kept:
+        """What there is on a GPU, for whoever tells it the agent at once."""
         self._page_bytes[gpu_id] = page_bytes
-        remains = self._engine.remains(gpu_id)
-        return Kept(models=remains.models, pages=ceil_div(remains.nbytes, page_bytes))
+        self._told[gpu_id] = kept = self._now(gpu_id)
+        return kept
 
-    def tell(self, gpu_id: int, page_bytes: int) -> None:
-        self._ties.tell_agent(PagesKept(worker=self._ties.worker, gpu_id=gpu_id, kept=self.on(gpu_id, page_bytes)))
+    def tell_changes(self) -> None:
+        """Whatever the agent has not heard yet."""
+        for gpu_id, told in list(self._told.items()):
+            if self._now(gpu_id) != told:
+                self._ties.tell_agent(self._news(gpu_id))
 
     def obey(self, order: LetGo) -> None:
+        self._page_bytes[order.gpu_id] = order.page_bytes
         self._engine.let_go(order.gpu_id, order.pages * order.page_bytes, order.reason)
-        self.tell(order.gpu_id, order.page_bytes)
+        self._ties.tell_agent(self._news(order.gpu_id))
+
+    def _news(self, gpu_id: int) -> PagesKept:
+        return PagesKept(worker=self._ties.worker, gpu_id=gpu_id, kept=self.told(gpu_id, self._page_bytes[gpu_id]))
+
+    def _now(self, gpu_id: int) -> Kept:
+        remains = self._engine.remains(gpu_id)
+        return Kept(models=remains.models, pages=ceil_div(remains.nbytes, self._page_bytes[gpu_id]))
 
     def _told_anew(self) -> list[Message]:
-        kept = {gpu_id: self.on(gpu_id, page_bytes) for gpu_id, page_bytes in self._page_bytes.items()}
-        return [PagesKept(worker=self._ties.worker, gpu_id=gpu_id, kept=what) for gpu_id, what in kept.items() if what.models]
+        return [self._news(gpu_id) for gpu_id in self._told]

@@ -93,6 +93,7 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties, keeping: Keeping)
         ties.tell_agent(
             events.ActivationFailed(replica=replica, epoch=epoch, reason=str(fault), permanent=fault.permanent),
         )
+        keeping.tell_changes()
         return False
     ready = events.ReplicaReady(
         replica=replica,
@@ -103,6 +104,8 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties, keeping: Keeping)
         load_s=time.monotonic() - started,
     )
     ties.tell_agent(ready)
+    if order.place is not None:
+        keeping.tell_changes()  # a gang keeps nothing beside it
     life: Life | Following
     if order.place is not None and order.place.rank:
         life = Following(epoch, ties)
@@ -117,7 +120,7 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties, keeping: Keeping)
     engine.deactivate()
     ties.stand_as(None)
     alone = len(order.leases) == 1  # what a gang keeps, each of it says for itself
-    kept = keeping.on(order.seat.gpu_ids[0], order.leases[0].page_bytes) if alone else None
+    kept = keeping.told(order.seat.gpu_ids[0], order.leases[0].page_bytes) if alone else None
     ties.tell_agent(events.ReplicaStopped(replica=replica, epoch=epoch, reason=life.stop_reason, kept=kept))
     log.info("empty again replica=%s reason=%s", replica, life.stop_reason)
     return life.told_to_stop
