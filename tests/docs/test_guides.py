@@ -9,15 +9,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from chimera.config.deployment import survey_placement
+from chimera.config.placement_file import json_schema
 from chimera.core.snapshot import Demand
 from chimera.errors import ConfigError
 from chimera.sched.policies import POLICIES
 from chimera.tiny.maker import make
 from chimera.tiny.shapes import MODELS
 
-from tests.docs.documents import ROOT
+from tests.docs.documents import ROOT, documents, name_of
 from tests.sched.builders import seat
 from tests.sched.test_policies import WAITED_FOR, asked, spec
 
@@ -96,3 +98,14 @@ def test_the_fault_that_the_guide_shows_is_told_so(folder: Path) -> None:
         survey_placement(folder / "placement.json", None, elastic=True)
     [shown] = blocks("placement.md", "text")
     assert str(refused.value).endswith(shown.strip())
+
+
+def placements(document: Path) -> list[Any]:
+    shown = re.findall(r"^```json\n(.*?)^```", document.read_text(), re.MULTILINE | re.DOTALL)
+    return [json.loads(block) for block in shown if "model_path" in block]
+
+
+@pytest.mark.parametrize("document", [path for path in documents() if placements(path)], ids=name_of)
+def test_every_placement_file_that_is_shown_keeps_to_the_schema(document: Path) -> None:
+    for placement in placements(document):
+        jsonschema.validate(placement, json_schema())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import sys
 import tomllib
+from collections.abc import Iterable
 
 from tests.test_layering import PACKAGE, imports_of
 
@@ -26,12 +28,25 @@ def imported() -> set[str]:
     return {DISTRIBUTION.get(top, top) for top in tops - BY_MACHINE - set(sys.stdlib_module_names) - {"chimera", ""}}
 
 
+def named(lines: Iterable[str]) -> set[str]:
+    """The distributions that requirements name, without their bounds; those of an extra are not asked for."""
+    wanted = (line for line in lines if line and not line.startswith("#") and "extra ==" not in line)
+    return {re.split(r"[<>=!~ ;\[(@]", line)[0].lower().replace("_", "-") for line in wanted}
+
+
+def requirements(machine: str) -> set[str]:
+    return named((PACKAGE.parents[1] / "requirements" / f"{machine}.txt").read_text().splitlines())
+
+
 def test_the_package_depends_on_exactly_what_it_imports() -> None:
-    assert {re.split(r"[<>=!~ ]", line)[0] for line in PROJECT["dependencies"]} == imported()
+    assert named(PROJECT["dependencies"]) == imported()
 
 
 def test_the_set_for_a_machine_without_a_gpu_is_complete() -> None:
     """It is installed with --no-deps, so whatever is not in it is missing."""
-    lines = (PACKAGE.parents[1] / "requirements" / "cpu.txt").read_text().splitlines()
-    pinned = {re.split(r"[<>=!~ ]", line)[0].lower().replace("_", "-") for line in lines if line and not line.startswith("#")}
-    assert imported() - pinned == set()
+    assert imported() - requirements("cpu") == set()
+
+
+def test_the_set_for_a_gpu_names_what_sglang_itself_does_not_ask_for() -> None:
+    """The package is installed over it with --no-deps."""
+    assert imported() - requirements("cuda") - named(importlib.metadata.requires("sglang") or ()) == set()

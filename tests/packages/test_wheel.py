@@ -32,14 +32,18 @@ def run(*words: str | Path, cwd: Path) -> str:
     return done.stdout
 
 
+def under_version_control() -> list[str]:
+    listed = run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0")
+    return [name for name in listed if name and (ROOT / name).is_file()]
+
+
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built in a copy: setuptools leaves its traces where it builds."""
     tree, out = tmp_path_factory.mktemp("tree"), tmp_path_factory.mktemp("sdist")
-    for name in run("git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", cwd=ROOT).split("\0"):
-        if name and (ROOT / name).is_file():
-            (tree / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, tree / name)
+    for name in under_version_control():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tree / name)
     return out / run(sys.executable, "-c", _BUILD.format(kind="sdist", folder=str(out)), cwd=tree).splitlines()[-1]
 
 
@@ -70,8 +74,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_the_package_and_what_it_reads(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    tables = {f"chimera/config/costs/{path.name}" for path in (ROOT / "python/chimera/config/costs").glob("*.json")}
-    assert tables and names >= tables | {"chimera/py.typed", "chimera/README.md", "chimera/cli/main.py"}
+    kept = {name.removeprefix("python/") for name in under_version_control() if name.startswith("python/chimera/")}
+    assert {"chimera/py.typed", "chimera/cli/main.py"} <= kept
+    assert kept - names == set(), "package-data in pyproject.toml leaves them out"
     assert {name.partition("/")[0] for name in names} == {"chimera", f"chimera_serving-{chimera.__version__}.dist-info"}
 
 

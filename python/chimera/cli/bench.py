@@ -67,7 +67,7 @@ def _server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--attain", type=float, default=99.0, metavar="%%", help="so many of a hundred have to be kept")
+    parser.add_argument("--attain", type=float, default=99.0, metavar="PERCENT", help="so many have to be kept")
     parser.add_argument("--promise", choices=("ttft", "tpot", "joint"), default="ttft", help="which")
     parser.add_argument("--rate-scales", type=_numbers, metavar="A,B", help="only these rate scales, instead of searching")
     parser.add_argument("--most-rate-scale", type=float, default=64.0, help="end of the search")
