@@ -242,6 +242,23 @@ def test_what_a_lost_worker_kept_is_back() -> None:
     assert world.levels()["b"] == 992 and not world.let_go
 
 
+def test_a_ceiling_that_moves_is_kept_to_at_once_and_is_never_above_what_there_are_addresses_for() -> None:
+    world = World()
+    for name in "ab":
+        world.bring_up(name, ceiling_bytes=600 * PAGE)
+        world.settle()
+    life = (ReplicaId("a"), Epoch(7, 1))
+    world.memory.resize(life, 50 * PAGE, world.now, "the operator wants it so")
+    world.settle()
+    assert world.levels() == {"a": 50, "b": 600}
+    world.want("a", 900)
+    world.settle()
+    assert world.levels()["a"] == 50
+    world.memory.resize(life, 2000 * PAGE, world.now, "the operator wants it so")
+    world.settle()
+    assert world.levels() == {"a": 600, "b": 360}
+
+
 def test_what_a_lost_worker_had_goes_to_the_others() -> None:
     world = World()
     for name in "ab":

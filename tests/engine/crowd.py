@@ -61,6 +61,7 @@ class Crowd:
         self.requeued = 0
         self.answers: list[events.PagesReturned] = []
         self.wanted: list[int] = []
+        self.flushed: list[stream.Flushed] = []
         self._inside: dict[str, Wish] = {}
 
     def run(
@@ -96,6 +97,8 @@ class Crowd:
                 self.answers.append(message)
             case events.PagesWanted(level=level):
                 self.wanted.append(level)
+            case stream.Flushed():
+                self.flushed.append(message)
             case events.RequestFinished() | stream.Heartbeat():
                 pass
             case _:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from chimera.core.model import ModelSpec
-from chimera.core.replica import Epoch
-from chimera.msg import actions, events
+from chimera.core.replica import Epoch, ReplicaId
+from chimera.msg import actions, events, stream
 from chimera.tiny.maker import make
 from chimera.tiny.shapes import MODELS
 from chimera.units import KIB
@@ -152,6 +152,30 @@ def test_prefixes_that_went_with_their_memory_are_made_again(stage: Stage, worke
     crowd.run(again)
     assert [w.tokens for w in again] == [w.tokens for w in first]
     assert sum(w.cached for w in again) < sum(len(w.prompt) for w in again) / 2
+
+
+def test_a_flush_takes_every_prefix_and_no_request_that_runs(stage: Stage, worker: Hired, checkpoints: Path) -> None:
+    tiny = spec(checkpoints, "llama")
+    epoch, ready = worker.become(tiny, lease=lease(CEILING))
+    crowd = Crowd(stage, worker, tiny, epoch, ready.credits)
+    first = wishes(8, 12)
+    crowd.run(first)
+    running = [Wish(f"run{i}", [9 + i] * 30, 60) for i in range(3)]
+    told: list[float] = []
+
+    def flush_when_all_run(now: float) -> None:
+        if not told and all(w.tokens for w in running):
+            told.append(now)
+            worker.channel.send(stream.Flush(order="o", front="front", replicas=(ReplicaId(tiny.name),)))
+
+    crowd.run(running, move_lease=flush_when_all_run)
+    assert told and crowd.flushed == [stream.Flushed(order="o", front="front", replica=ReplicaId(tiny.name))]
+    assert_greedy(checkpoints / "llama", running)
+    again = [Wish(w.name + "b", w.prompt, w.length) for w in first]
+    crowd.run(again[:1])
+    assert again[0].cached == 0
+    crowd.run(again[1:])
+    assert [w.tokens for w in again] == [w.tokens for w in first]
 
 
 def test_requests_yield_to_a_recall_and_go_on_where_they_were(stage: Stage, worker: Hired, checkpoints: Path) -> None:

@@ -431,6 +431,9 @@ class Impatient:
     def give_back(self, request_id: str, reason: str) -> None:
         raise AssertionError(reason)
 
+    def flushed(self) -> None:
+        raise AssertionError("nobody has asked for it")
+
 
 def _open(path: Path) -> Any:
     from chimera.weights.image import Image

@@ -73,6 +73,7 @@ def joined(
     pages: int = 8,
     earlier: Sequence[int] = (),
     requests: Sequence[str] = (),
+    elastic: bool = True,
 ) -> AgentJoined:
     return AgentJoined(
         agent=agent,
@@ -80,6 +81,7 @@ def joined(
         gpus=tuple(gpu(gpu_id, pages=pages) for gpu_id in gpus),
         earlier=tuple(earlier),
         requests=tuple(requests),
+        elastic=elastic,
     )
 
 

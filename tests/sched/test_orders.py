@@ -17,11 +17,11 @@ E1, E2 = Epoch(100, 1), Epoch(100, 2)
 class System:
     """A scheduler whose invariants are looked at after every event."""
 
-    def __init__(self, filed: Placement, *names: str, gpus: tuple[int, ...] = (0, 1)) -> None:
+    def __init__(self, filed: Placement, *names: str, gpus: tuple[int, ...] = (0, 1), elastic: bool = True) -> None:
         self.scheduler = ControlScheduler(filed)
         for name in names:
             self.on(ModelRegistered(model=model(name)))
-        self.on(joined(gpus=gpus))
+        self.on(joined(gpus=gpus, elastic=elastic))
 
     def on(self, event: ControlInput, now: float = 0.0) -> list[Action]:
         actions = self.scheduler.on(event, now)

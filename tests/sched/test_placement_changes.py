@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from chimera.core.placement import Seat
 from chimera.core.replica import Epoch, ReplicaId
-from chimera.msg.actions import Activate, Deactivate
-from chimera.msg.events import ActivationFailed, ModelRemoved, PlacementChanged, ReplicaStopped
+from chimera.msg.actions import Activate, Deactivate, Reject, Resize
+from chimera.msg.events import ActivationFailed, ModelRemoved, PlacementChanged, ReplicaStopped, ResizeWanted
 from msgspec.structs import replace
 
 from tests.sched.builders import arrived, model, of, only, placement, ready, seat, words
@@ -87,3 +88,48 @@ def test_a_removed_model_that_is_registered_again_starts_without_its_old_seats()
     system.on(stopped("a", E1))
     assert system.on(PlacementChanged(models=(model("a"),), reason=WHY)) == []
     assert only(Activate, system.on(PlacementChanged(seats=(seat("a", 1),), reason=WHY))).seat.gpu_ids == (1,)
+
+
+# KV memory with another limit.
+
+
+def resize(name: str, limit: int, index: int | None = None) -> ResizeWanted:
+    return ResizeWanted(order="o", front="front-0", model=name, index=index, kv_limit_bytes=limit)
+
+
+def limited(name: str, limit: int | None, index: int = 0) -> Seat:
+    return replace(seat(name, index, index=index), kv_limit_bytes=limit)
+
+
+def test_a_lower_limit_is_told_to_the_engine_that_serves() -> None:
+    system = running()
+    order = only(Resize, system.on(resize("a", 1 << 20)))
+    assert (order.replica, order.epoch, order.kv_limit_bytes) == (ReplicaId("a"), E1, 1 << 20)
+    assert system.scheduler.snapshot(0.0).replicas[0].kv_limit_bytes == 1 << 20
+    assert system.scheduler.filed.seats[0].kv_limit_bytes == 1 << 20, "who brings it up again does not forget it"
+    assert only(Resize, system.on(resize("a", 1 << 30))).kv_limit_bytes == 1 << 30, "it came up with all that was free"
+
+
+def test_more_than_it_came_up_with_takes_a_new_life() -> None:
+    system = System(placement(limited("a", 1 << 20)), "a")
+    assert only(Resize, system.on(ready("a", E1))).kv_limit_bytes == 1 << 20
+    assert words(system.on(resize("a", 1 << 21))) == ["Deactivate a/0"]
+    assert only(Activate, system.on(stopped("a", E1))).seat.kv_limit_bytes == 1 << 21
+
+
+def test_pools_of_fixed_size_take_a_new_life_for_any_other() -> None:
+    system = System(placement(limited("a", 1 << 20)), "a", elastic=False)
+    system.on(ready("a", E1))
+    assert words(system.on(resize("a", 1 << 19))) == ["Deactivate a/0"]
+
+
+def test_one_copy_may_have_a_limit_of_its_own_and_one_that_comes_up_hears_of_it_when_it_serves() -> None:
+    system = System(placement(limited("a", None), limited("a", None, index=1)), "a")
+    system.on(ready("a", E1))
+    assert system.on(resize("a", 1 << 20, index=1)) == []
+    assert only(Resize, system.on(ready("a", E2, index=1))).replica == ReplicaId("a", 1)
+
+
+def test_a_model_that_is_wanted_nowhere_has_no_limit() -> None:
+    refusal = only(Reject, System(placement(), "a").on(resize("a", 1)))
+    assert (refusal.request_id, refusal.code) == ("o", "model_not_loaded")

@@ -17,7 +17,7 @@ from chimera.core.gpu import Gpu
 from chimera.core.placement import Placement, Seat
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.msg import stream
-from chimera.msg.actions import Activate, Deactivate
+from chimera.msg.actions import Activate, Deactivate, Resize
 from chimera.msg.events import ActivationFailed, AgentJoined, ReplicaReady, ReplicaStopped
 from chimera.server.front import FrontEnd, listen
 from chimera.wire.channel import Channel, connect
@@ -33,6 +33,7 @@ class PlayedAgent:
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
         self.told: list[Activate | Deactivate] = []
+        self.resized: list[tuple[str, int | None]] = []
         self.fault = ""
         self._lives = 0
         channel.deliver_to(self._hear)
@@ -53,6 +54,11 @@ class PlayedAgent:
                 self.channel.send(
                     ReplicaReady(replica=seat.replica, epoch=epoch, credits=4, kv_tokens=4096, context_length=512, load_s=0.25)
                 )
+            case Resize():
+                self.resized.append((str(message.replica), message.kv_limit_bytes))
+            case stream.Flush(replicas=replicas):
+                for replica in replicas:
+                    self.channel.send(stream.Flushed(order=message.order, front=message.front, replica=replica))
             case Deactivate(replica=replica, epoch=epoch):
                 self.told.append(message)
                 self.channel.send(ReplicaStopped(replica=replica, epoch=epoch, reason="it has drained"))
@@ -217,3 +223,21 @@ async def test_a_model_is_down_when_all_its_copies_are(bench: Bench) -> None:
     assert (await bench.ask("POST", "/models/load", {"model": "a", "index": 1, "gpu_ids": [1]}))[0] == 200
     assert (await bench.ask("POST", "/models/unload", {"model": "a"}))[1]["stopped"] == [0, 1]
     assert await bench.state() == {}
+
+
+async def test_a_pool_has_another_limit_in_prisms_words(bench: Bench) -> None:
+    order = {"model_name": "a", "memory_pool_size": 0.5}
+    told = {"model": "a", "memory_pool_size": 0.5, "replicas": [0]}
+    assert await bench.ask("POST", "/resize_mem_pool", order) == (200, told)
+    await until(lambda: bench.agent.resized == [("a/0", 500_000_000)])
+    [size] = (await bench.ask("GET", "/get_memory_pool_size"))[1]
+    assert size["max_memory_pool_size"] == 0.5
+    status, body = await bench.ask("POST", "/resize_mem_pool", {**order, "model_name": "b"})
+    assert (status, body["error"]["code"]) == (503, "model_not_loaded")
+    assert (await bench.ask("POST", "/resize_mem_pool", {**order, "memory_pool_size": 0}))[0] == 400
+
+
+async def test_caches_are_flushed_once_every_replica_has_said_so(bench: Bench) -> None:
+    await bench.ask("POST", "/models/load", {"model": "b"})
+    assert await bench.ask("POST", "/flush_cache") == (200, {"flushed": ["a/0", "b/0"]})
+    assert await bench.ask("GET", "/flush_cache") == (200, {"flushed": ["a/0", "b/0"]})

@@ -86,7 +86,7 @@ class Agent:
     ) -> None:
         self.name = name
         self.scheduler = NodeScheduler(name, agent_start, [gpu.gpu_id for gpu in gpus], costs=costs, learns=True)
-        self._joined = events.AgentJoined(agent=name, agent_start=agent_start, gpus=gpus)
+        self._joined = events.AgentJoined(agent=name, agent_start=agent_start, gpus=gpus, elastic=elastic)
         self._recorder = Recorder(self.scheduler)
         self._decisions = decisions
         if decisions is not None:
@@ -185,6 +185,15 @@ class Agent:
                     self._cancel(request_id)
             case actions.Pause() | actions.Resume():
                 self._perform(message)
+            case actions.Resize(replica=replica, epoch=epoch, kv_limit_bytes=limit) if self.memory is not None:
+                self.memory.resize((replica, epoch), limit, time.monotonic(), message.reason)
+                self._set_memory_timer()
+            case actions.Resize():
+                pass  # its pool is of the size that it came up with
+            case stream.Flush():
+                for ready in self.scheduler.living():
+                    if ready.replica in message.replicas:
+                        self._tell(ready.replica, ready.epoch, message)
             case _:
                 log.warning("control says what no agent understands: %s", type(message).__name__)
 
@@ -221,7 +230,7 @@ class Agent:
                 self._hear_of_memory(message)
             case events.StepsTimed():
                 self._report(message)
-            case stream.Heartbeat():
+            case stream.Heartbeat() | stream.Flushed():
                 self._control.send(message)
             case _:
                 log.warning("worker=%s says what no agent understands: %s", worker.name, type(message).__name__)

@@ -56,6 +56,8 @@ class _Share:
     worker: str
     weight_pages: int
     claim: Claim
+    most: int
+    """Pages that it has addresses for, whatever its claim's ceiling is now."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -112,7 +114,7 @@ class NodeMemory:
             ceiling = gpu.pages if seat.kv_limit_bytes is None else max(1, seat.kv_limit_bytes // gpu.page_bytes)
             weights = ceil_div(activation.model.weight_bytes, gpu.page_bytes)
             claim = Claim(level=0, least=_least(gpu, ceiling), ceiling=ceiling)
-            shares[gpu_id] = _Share(worker=worker, weight_pages=weights, claim=claim)
+            shares[gpu_id] = _Share(worker=worker, weight_pages=weights, claim=claim, most=ceiling)
         for gpu_id, share in shares.items():
             short = self._short(gpu_id, share)
             if short > sum(self.ledger[gpu_id].kept().values()):
@@ -139,9 +141,22 @@ class NodeMemory:
             worker=held.worker,
             weight_pages=ceil_div(activation.model.weight_bytes, gpu.page_bytes),
             claim=Claim(level=held.level, least=_least(gpu, ceiling), ceiling=ceiling),
+            most=ceiling,
         )
         self._tenancies[activation.seat.replica, activation.epoch] = _Tenancy(shares={held.gpu_id: share}, waiting=None)
         self.hear(held, now)
+
+    def resize(self, life: Life, kv_limit_bytes: int | None, now: float, reason: str) -> None:
+        """Another upper bound for a replica, up to what it has addresses for."""
+        tenancy = self._tenancies.get(life)
+        if tenancy is None:
+            return
+        for gpu_id, share in tenancy.shares.items():
+            gpu = self.ledger[gpu_id].gpu
+            limit = share.most if kv_limit_bytes is None else max(1, kv_limit_bytes // gpu.page_bytes)
+            ceiling = min(limit, share.most)
+            share.claim = msgspec.structs.replace(share.claim, ceiling=ceiling, least=min(share.claim.least, ceiling))
+        self._divide(tenancy.shares, now, reason)
 
     def waits(self, life: Life) -> bool:
         """Whether the replica has not been told to come up yet."""
@@ -305,7 +320,7 @@ class NodeMemory:
                     page_bytes=self.ledger[gpu_id].gpu.page_bytes,
                     revision=lease.revision,
                     level=lease.level,
-                    ceiling=tenancy.shares[gpu_id].claim.ceiling,
+                    ceiling=tenancy.shares[gpu_id].most,
                 )
                 for gpu_id, lease in leases.items()
             )

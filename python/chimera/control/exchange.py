@@ -266,6 +266,12 @@ class Exchange:
                 channel.send(stream.PastTaken(past=self._lookout.past(self._snapshot().snapshot, self._since(0))))
             case events.LoadWanted() | events.UnloadWanted():
                 self._decide(message)
+            case events.ResizeWanted():
+                self._decide(message)
+                self._note_change()
+            case stream.Flush():
+                for agent in self._agents.values():
+                    agent.send(message)
             case events.PolicyChosen(policy=policy, local=local) if policy in (None, "static") or self._has_costs:
                 log.info("policy=%s local=%s chosen through front-end %s", policy, local, name)
                 self._decide(message)
@@ -299,6 +305,8 @@ class Exchange:
                 self._telemetry.note(message)
                 if self._witness is not None:
                     self._witness.beat(message)
+            case stream.Flushed(front=front):
+                self._tell_front(front, message)
             case stream.LedgerTold(view=view):
                 self._telemetry.note_ledgers(name, view)
             case stream.EntriesTold(entries=entries):
@@ -447,6 +455,9 @@ class Exchange:
             case actions.Deactivate():
                 log.info("deactivate replica=%s reason=%s", action.replica, action.reason)
                 self._report(action.replica, ReplicaState.DRAINING, action.reason)
+                self._tell_agent(action, action)
+            case actions.Resize():
+                log.info("resize replica=%s bytes=%s reason=%s", action.replica, action.kv_limit_bytes, action.reason)
                 self._tell_agent(action, action)
             case actions.Abort():
                 self._tell_agent(action, action)

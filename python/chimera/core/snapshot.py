@@ -25,6 +25,8 @@ class ReplicaView(msgspec.Struct, frozen=True, kw_only=True):
     kv_tokens: int = 0
     """KV slots the replica may use now."""
     kv_used_tokens: int = 0
+    kv_limit_bytes: int | None = None
+    """The most that its KV memory may be on each GPU; `None`: what is free."""
     since_s: float = 0.0
     failures: int = 0
     """Lives in a row that failed."""

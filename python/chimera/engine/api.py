@@ -37,7 +37,11 @@ class Limit(msgspec.Struct, frozen=True):
     nobody runs on is given up."""
 
 
-Order = Submission | Withdrawal | Limit
+class Flush(msgspec.Struct, frozen=True):
+    """Let go of every cached prefix that no request runs on, and say so with `Post.flushed`."""
+
+
+Order = Submission | Withdrawal | Limit | Flush
 
 
 class Leave(Exception):
@@ -111,6 +115,9 @@ class Post(Protocol):
 
     def give_back(self, request_id: str, reason: str) -> None:
         """The engine cannot go on with it for now: to be brought again, with the tokens it has made; not said of again."""
+
+    def flushed(self) -> None:
+        """The eldest `Flush` is carried out."""
 
 
 class Engine(Protocol):

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import msgspec
 
 from chimera.core.model import ModelSpec
-from chimera.engine.api import CannotServe, Holding, Limit, Order, Post, Remains, Stats, Submission, Vitals, Withdrawal
+from chimera.engine.api import CannotServe, Flush, Holding, Limit, Order, Post, Remains, Stats, Submission, Vitals, Withdrawal
 from chimera.msg.actions import Place
 from chimera.msg.events import Outcome
 from chimera.msg.stream import TokenDelta, TokenLogprobs
@@ -159,6 +159,8 @@ class SimulatedEngine:
             case Withdrawal(request_id):
                 self._running.pop(request_id, None)
                 self._waiting = deque(s for s in self._waiting if s.request_id != request_id)
+            case Flush():
+                post.flushed()  # it caches nothing
             case Limit(kv_bytes, retract_by_s):
                 self._kv_tokens = kv_bytes // self._token_bytes
                 self._retract_at_s = math.inf if retract_by_s is None else retract_by_s

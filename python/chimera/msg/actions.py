@@ -76,6 +76,15 @@ class Deactivate(Action, frozen=True, kw_only=True):
     alternatives: tuple[Alternative, ...] = ()
 
 
+class Resize(Action, frozen=True, kw_only=True):
+    """The replica's KV memory has an upper bound, which may be another than the one it came up with, never more."""
+
+    replica: ReplicaId
+    epoch: Epoch
+    kv_limit_bytes: int | None
+    """Per GPU; `None`: what is free."""
+
+
 class Pause(Action, frozen=True, kw_only=True):
     """Take no step; memory stays."""
 

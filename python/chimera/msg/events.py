@@ -78,6 +78,8 @@ class AgentJoined(Event, frozen=True, kw_only=True):
     """Starts of its earlier lives, whose workers it goes on with."""
     requests: tuple[str, ...] = ()
     """What it has, waiting or running; whatever else it was given is lost."""
+    elastic: bool = True
+    """A limit on KV memory can change while a replica serves."""
 
 
 class AgentLost(Event, frozen=True, kw_only=True):
@@ -219,6 +221,17 @@ class LoadWanted(Event, frozen=True, kw_only=True):
     gpu_ids: tuple[int, ...] = ()
     """Empty: where it stood last, or on the emptiest."""
     kv_limit_bytes: int | None = None
+
+
+class ResizeWanted(Event, frozen=True, kw_only=True):
+    """An operator gives the model's KV memory another upper bound."""
+
+    order: str
+    front: str
+    model: str
+    index: int | None = None
+    """`None`: every replica."""
+    kv_limit_bytes: int
 
 
 class UnloadWanted(Event, frozen=True, kw_only=True):

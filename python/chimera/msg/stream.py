@@ -248,6 +248,22 @@ class EntryFiled(Stream, frozen=True, kw_only=True):
     """As in a placement file, in JSON."""
 
 
+class Flush(Stream, frozen=True, kw_only=True):
+    """Let go of the cached prefixes of these replicas: from a front-end through control and agents to workers."""
+
+    order: str
+    front: str
+    replicas: tuple[ReplicaId, ...]
+
+
+class Flushed(Stream, frozen=True, kw_only=True):
+    """One of them has, on the way back."""
+
+    order: str
+    front: str
+    replica: ReplicaId
+
+
 class Refiled(Stream, frozen=True, kw_only=True):
     """What came of either, back to the front-end: what has changed; or every fault, and nothing has."""
 

@@ -17,7 +17,7 @@ import msgspec
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement
 from chimera.core.snapshot import ReplicaView, Snapshot
-from chimera.msg.actions import Abort, Action, Activate, Deactivate, QueueBy, Reject, Requeue, Route, WakeAt
+from chimera.msg.actions import Abort, Action, Activate, Deactivate, QueueBy, Reject, Requeue, Resize, Route, WakeAt
 from chimera.msg.events import (
     ActivationFailed,
     AgentJoined,
@@ -35,6 +35,7 @@ from chimera.msg.events import (
     RequestArrived,
     RequestCancelled,
     RequestFinished,
+    ResizeWanted,
     StepsTimed,
     UnloadWanted,
     Woke,
@@ -152,6 +153,8 @@ class ControlScheduler:
                 return []
             case LoadWanted():
                 return self._plan.load_wanted(event, now)
+            case ResizeWanted():
+                return self._plan.resize_wanted(event, now)
             case UnloadWanted():
                 return self._plan.unload_wanted(event, now)
             case Woke():
@@ -199,7 +202,7 @@ class ControlScheduler:
                 return action.agent
             case Activate():
                 return self.fleet.owner(action.seat)
-            case Deactivate() | Abort():
+            case Deactivate() | Abort() | Resize():
                 return None if action.epoch is None else self.fleet.agent_in_life(action.epoch)
             case _:
                 return None
@@ -229,6 +232,7 @@ class ControlScheduler:
                     running=min(len(place.routed), place.credits),
                     queued=place.overflow,
                     kv_tokens=place.kv_tokens,
+                    kv_limit_bytes=place.seat.kv_limit_bytes,
                     since_s=place.since_s,
                     failures=place.failures,
                     quarantine_s=max(0.0, (place.due_s or now) - now) if place.state is PlaceState.QUARANTINED else None,

@@ -50,6 +50,7 @@ class Agent(msgspec.Struct, kw_only=True):
     orphans: list[Orphan] = []
     earlier: tuple[int, ...] = ()
     """Starts of its earlier lives, whose workers it goes on with."""
+    elastic: bool = True
     requests_due_s: float | None = None
     """Set while it is away and its requests still wait for it."""
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from chimera.core.model import ModelSpec
-from chimera.core.placement import Placement
+from chimera.core.placement import Placement, Seat
 from chimera.core.record import Alternative
 from chimera.core.replica import Epoch, ReplicaId
-from chimera.msg.actions import Abort, Action, Activate, Deactivate, QueueBy
+from chimera.msg.actions import Abort, Action, Activate, Deactivate, QueueBy, Resize
 from chimera.msg.events import AgentJoined, AgentLost, GpuLost, ReplicaReady, StepsTimed
 from chimera.sched import refine
 from chimera.sched.dispatch import Dispatcher
@@ -50,6 +50,8 @@ class Lives:
         place.agent = agent
         fleet.note_due(place)
         fleet.stirred = True
+        if place.seat.kv_limit_bytes is not None:  # it may be another than it came up with, in an earlier agent's time
+            yield from self._limit(place, "so much KV memory is wanted for it")
         yield from self._dispatcher.route_held(event.replica.model, now)
 
     def ended(self, replica: ReplicaId, epoch: Epoch, why: str, now: float, *, permanent: bool = False) -> Iterator[Action]:
@@ -114,6 +116,26 @@ class Lives:
         else:
             yield from self._drop(place, reason)
 
+    def resize(self, seat: Seat, reason: str, now: float) -> Iterator[Action]:
+        """At once where memory is elastic and there are addresses for so much; else it is loaded anew."""
+        place = self._fleet.places.get(seat.replica)
+        if place is None:
+            return
+        place.seat = seat
+        if place.state is not PlaceState.SERVING:  # what comes up meanwhile is told when it serves
+            return
+        agent = self._fleet.agents.get(place.agent or "")
+        limit, most = seat.kv_limit_bytes, place.most_kv_bytes
+        if agent is not None and agent.elastic and (most is None or (limit is not None and limit <= most)):
+            yield from self._limit(place, reason)
+        else:
+            yield from self.retire(seat.replica, f"{reason}, so it is loaded anew", now)
+
+    def _limit(self, place: Place, reason: str) -> Iterator[Action]:
+        assert place.epoch is not None
+        limit = place.seat.kv_limit_bytes
+        yield Resize(replica=place.replica, epoch=place.epoch, kv_limit_bytes=limit, reason=reason)
+
     def try_again(self, place: Place, now: float) -> None:
         """Whatever made it fail may be over: somebody has changed its model, or wants it in so many words."""
         if place.state in (PlaceState.FAILED, PlaceState.QUARANTINED):
@@ -150,6 +172,7 @@ class Lives:
 
     def _activate(self, place: Place, reason: str, now: float) -> Activate:
         self._fleet.enter(place, PlaceState.LOADING, now)
+        place.most_kv_bytes = place.seat.kv_limit_bytes
         model = self._fleet.models[place.replica.model]
         return Activate(model=model, seat=place.seat, reason=reason, alternatives=place.weighed)
 
@@ -216,7 +239,9 @@ class Lives:
             if known.present:
                 yield from self.agent_lost(AgentLost(agent=known.name, reason="it came back as a new process"), now)
             yield from self._give_up_routed(known, set(event.requests), "it was lost with its agent")
-        fleet.agents[event.agent] = Agent(name=event.agent, start=event.agent_start, gpus=event.gpus, earlier=event.earlier)
+        fleet.agents[event.agent] = Agent(
+            name=event.agent, start=event.agent_start, gpus=event.gpus, earlier=event.earlier, elastic=event.elastic
+        )
         yield self.queue_by(event.agent)
         for orphan in known.orphans if known is not None else ():
             if orphan.request_id in event.requests:

@@ -55,6 +55,8 @@ class Place(msgspec.Struct, kw_only=True):
     """The newest life known to be over; nothing up to it is believed any more."""
     credits: int = 0
     kv_tokens: int = 0
+    most_kv_bytes: int | None = None
+    """What it was brought up for, and cannot exceed in this life; `None`: all that is free."""
     load_s: float | None = None
     failures: int = 0
     """Lives in a row that failed."""

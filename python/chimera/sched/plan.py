@@ -16,7 +16,7 @@ from chimera.core.placement import Placement, Seat
 from chimera.core.snapshot import Snapshot
 from chimera.errors import ConfigError
 from chimera.msg.actions import Action, Deactivate, Reject, RejectCode
-from chimera.msg.events import LoadWanted, PlacementChanged, PolicyChosen, UnloadWanted
+from chimera.msg.events import LoadWanted, PlacementChanged, PolicyChosen, ResizeWanted, UnloadWanted
 from chimera.sched.dispatch import Dispatcher
 from chimera.sched.fleet import Fleet
 from chimera.sched.lives import Lives
@@ -104,8 +104,7 @@ class Plan:
             reason = decision.reasons.get(seat.replica, f"the {fleet.policy.name} policy wants it elsewhere")
             yield from self._lives.retire(seat.replica, reason, now, decision.alternatives.get(seat.replica, ()))
         for seat in change.resize:
-            if seat.replica in fleet.places:
-                fleet.places[seat.replica].seat = seat
+            yield from self._lives.resize(seat, decision.reasons.get(seat.replica, "its KV memory has another limit"), now)
         for model in dict.fromkeys(seat.replica.model for seat in change.start):
             yield from self._lives.settle(model, now, decision)
         for model in self._dispatcher.waiting():
@@ -172,6 +171,25 @@ class Plan:
             else:
                 yield action
 
+    def resize_wanted(self, event: ResizeWanted, now: float) -> Iterator[Action]:
+        """Also where it stands in the file: whoever brings the replica up again shall not forget it."""
+
+        def is_meant(seat: Seat) -> bool:
+            return seat.replica.model == event.model and event.index in (None, seat.replica.index)
+
+        def resized(placement: Placement) -> Placement:
+            seats = placement.seats
+            return Placement(tuple(replace(s, kv_limit_bytes=event.kv_limit_bytes) if is_meant(s) else s for s in seats))
+
+        meant = [seat.replica for seat in self._fleet.wanted.seats if is_meant(seat)]
+        if not meant:
+            copy = "" if event.index is None else f" {event.index}"
+            yield _refuse_order(event, RejectCode.MODEL_NOT_LOADED, f"no replica{copy} of {event.model} is wanted")
+            return
+        self.filed = resized(self.filed)
+        reasons = dict.fromkeys(meant, "the operator gives its KV memory another limit")
+        yield from self._want(Decision(placement=resized(self._fleet.wanted), reasons=reasons), now)
+
     def _seat_for(self, event: LoadWanted, model: ModelSpec) -> Seat | None:
         """Where the operator says; else where it is wanted or was filed; else on the emptiest GPUs of one agent."""
         known = [seat for seat in (*self._fleet.wanted.seats, *self.filed.seats) if seat.replica == event.replica]
@@ -196,5 +214,5 @@ class Plan:
         return tuple(gpu.gpu_id for gpu in best)
 
 
-def _refuse_order(order: LoadWanted | UnloadWanted, code: RejectCode, reason: str) -> Reject:
+def _refuse_order(order: LoadWanted | UnloadWanted | ResizeWanted, code: RejectCode, reason: str) -> Reject:
     return Reject(request_id=order.order, front=order.front, code=code, reason=reason)

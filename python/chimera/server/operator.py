@@ -6,8 +6,9 @@ An order goes to control, which decides; what becomes of it is read from the new
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -17,8 +18,8 @@ from chimera.core.replica import ReplicaId, ReplicaState
 from chimera.core.snapshot import LOCAL_NAMES, POLICY_NAMES, ReplicaView, Snapshot
 from chimera.errors import RequestError
 from chimera.msg.actions import Reject
-from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, UnloadWanted
-from chimera.msg.stream import EntryFiled, Refiled, ReloadWanted, ReplicaNews
+from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, ResizeWanted, UnloadWanted
+from chimera.msg.stream import EntryFiled, Flush, Flushed, Refiled, ReloadWanted, ReplicaNews
 from chimera.server import intake
 from chimera.server.bodies import json_response, read_body
 from chimera.server.catalogue import Catalogue
@@ -30,6 +31,7 @@ _LOAD_WITHIN_S = 1800.0
 _LEAVE_WITHIN_S = 60.0
 """Beside the drain."""
 _READ_WITHIN_S = 60.0
+_FLUSH_WITHIN_S = 30.0
 _SIGN_OF_LIFE_S = 15.0
 _GIGABYTE = 10**9
 """Of a pool, as in a placement file."""
@@ -103,6 +105,28 @@ class Reloaded(msgspec.Struct, frozen=True, kw_only=True):
     """A line for each thing that was different; empty when nothing was."""
 
 
+class Resizing(msgspec.Struct, frozen=True, kw_only=True):
+    """Prism's words for another upper bound of a model's KV memory."""
+
+    model_name: str
+    memory_pool_size: Gigabytes
+    """Per GPU."""
+    instance_idx: Index | None = None
+    """Every copy, if it is left out."""
+
+
+class Resized(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    memory_pool_size: float
+    replicas: list[int]
+    """The copies that have this bound now. One that came up with a lower bound is loaded anew for it."""
+
+
+class CachesFlushed(msgspec.Struct, frozen=True, kw_only=True):
+    flushed: list[str]
+    """The replicas, in whose caches nothing is left but what requests under way use."""
+
+
 class PoolSize(msgspec.Struct, frozen=True, kw_only=True):
     """One replica's KV memory, as `/get_memory_pool_size` tells it."""
 
@@ -112,6 +136,8 @@ class PoolSize(msgspec.Struct, frozen=True, kw_only=True):
     memory_pool_size: float
     """What it may use now, in gigabytes per GPU."""
     memory_in_use: float
+    max_memory_pool_size: float | None
+    """What it may ever use; nothing if that is all that is free."""
 
 
 class ReplicaTold(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -172,6 +198,19 @@ class Operator:
             self._order("/models/pin", "Keep a model, or no longer", PinOrder, self._pin, Pinned),
             self._order("/activate", "Bring a model up, in Prism's words", Activation, self._activate, ReplicaTold, slow=True),
             self._order("/deactivate", "Let a model go, in Prism's words", Deactivation, self._deactivate, Unloaded, slow=True),
+            self._order("/resize_mem_pool", "Bound a model's KV memory, in Prism's words", Resizing, self._resize, Resized),
+            *(
+                Route(
+                    method=method,
+                    path="/flush_cache",
+                    what="Empty the prefix caches of all models",
+                    handler=self._flush,
+                    gives=CachesFlushed,
+                    fails=(504,),
+                    admin=True,
+                )
+                for method in ("GET", "POST")
+            ),
             Route(
                 method="POST",
                 path="/reload",
@@ -258,7 +297,7 @@ class Operator:
             handler=taking(takes, work),
             takes=takes,
             gives=gives,
-            fails=(404, 429, 502, 504) if slow else (404, 504),
+            fails=(404, 429, 502, 504) if slow else (404, 503, 504),
             admin=True,
         )
 
@@ -396,6 +435,33 @@ class Operator:
         drain_s = 0.0 if order.preempt else None
         return await self._unload(UnloadOrder(model=order.model_name, index=order.instance_idx, drain_s=drain_s))
 
+    async def _resize(self, order: Resizing) -> web.Response:
+        model, limit = self._catalogue.resolve(order.model_name).name, round(order.memory_pool_size * _GIGABYTE)
+        with self._relay.watch(uuid.uuid4().hex) as watch:
+            wanted = ResizeWanted(
+                order=watch.order, front=self._relay.name, model=model, index=order.instance_idx, kv_limit_bytes=limit
+            )
+            views = (await self._relay.snapshot(after=wanted)).replicas
+            while not watch.news.empty():
+                await _next(watch)  # raises what control refuses, which it says before it shows its state
+        copies = [view.replica.index for view in views if view.replica.model == model and view.kv_limit_bytes == limit]
+        return json_response(Resized(model=model, memory_pool_size=order.memory_pool_size, replicas=copies))
+
+    async def _flush(self, http: web.Request) -> web.Response:
+        with self._relay.watch(uuid.uuid4().hex) as watch:
+            up = {view.replica for view in await self._views() if view.state is ReplicaState.SERVING}
+            self._relay.order(Flush(order=watch.order, front=self._relay.name, replicas=tuple(sorted(up))))
+            left, flushed = set(up), []
+            async with _within(_FLUSH_WITHIN_S):
+                while left:
+                    match await _next(watch):
+                        case Flushed(replica=replica):
+                            flushed.append(str(replica))
+                            left.discard(replica)
+                        case ReplicaNews(replica=replica, state=ReplicaState.STOPPED):
+                            left.discard(replica)  # and its cache with it
+        return json_response(CachesFlushed(flushed=sorted(flushed)))
+
     async def _names(self, http: web.Request) -> web.Response:
         return json_response(ModelNames(model_names=[spec.name for spec, _ in self._catalogue.models]))
 
@@ -411,6 +477,7 @@ class Operator:
                         gpu_ids=view.gpu_ids,
                         memory_pool_size=spec.kv_bytes(view.kv_tokens) / _GIGABYTE,
                         memory_in_use=spec.kv_bytes(view.kv_used_tokens) / _GIGABYTE,
+                        max_memory_pool_size=None if view.kv_limit_bytes is None else view.kv_limit_bytes / _GIGABYTE,
                     )
                 )
         return json_response(sizes)
@@ -421,34 +488,40 @@ class Operator:
 
 async def _refiled(watch: Watch) -> Refiled:
     """What came of the order to read something."""
-    try:
-        async with asyncio.timeout(_READ_WITHIN_S):
-            while True:
-                match await watch.news.get():
-                    case Refiled() as told:
-                        return told
-                    case None:
-                        told_gone = "the server's control process went away; the order may have been carried out"
-                        raise RequestError("service_unavailable", told_gone, retry_after_s=1)
-    except TimeoutError:
-        raise RequestError("gateway_timeout", f"nothing came of it within {_READ_WITHIN_S:g} s") from None
+    async with _within(_READ_WITHIN_S):
+        while True:
+            match await _next(watch):
+                case Refiled() as told:
+                    return told
 
 
 async def _heard(watch: Watch, wanted: Callable[[ReplicaNews], bool], within_s: float) -> ReplicaNews:
     """The first news that is wanted. RequestError when the order was refused, or nothing came of it in time."""
+    async with _within(within_s):
+        while True:
+            match await _next(watch):
+                case ReplicaNews() as news if wanted(news):
+                    return news
+
+
+async def _next(watch: Watch) -> ReplicaNews | Refiled | Flushed:
+    match await watch.news.get():
+        case Reject(code=code, reason=reason):
+            raise RequestError(code, reason, param="model")
+        case None:
+            told = "the server's control process went away; the order may be under way"
+            raise RequestError("service_unavailable", told, retry_after_s=1)
+        case news:
+            return news
+
+
+@contextlib.asynccontextmanager
+async def _within(seconds: float) -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout(within_s):
-            while True:
-                match await watch.news.get():
-                    case Reject(code=code, reason=reason):
-                        raise RequestError(code, reason, param="model")
-                    case None:
-                        told = "the server's control process went away; the order may be under way"
-                        raise RequestError("service_unavailable", told, retry_after_s=1)
-                    case ReplicaNews() as news if wanted(news):
-                        return news
+        async with asyncio.timeout(seconds):
+            yield
     except TimeoutError:
-        raise RequestError("gateway_timeout", f"nothing came of it within {within_s:g} s; it may be under way") from None
+        raise RequestError("gateway_timeout", f"nothing came of it within {seconds:g} s; it may be under way") from None
 
 
 def _settled(news: ReplicaNews) -> bool:

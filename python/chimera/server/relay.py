@@ -16,9 +16,11 @@ from chimera.core.sight import Past, Sight
 from chimera.core.snapshot import Snapshot
 from chimera.errors import ProtocolError, RequestError
 from chimera.msg.actions import Reject, Requeue
-from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, UnloadWanted
+from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, ResizeWanted, UnloadWanted
 from chimera.msg.stream import (
     EntryFiled,
+    Flush,
+    Flushed,
     Hello,
     MeasuresTaken,
     MeasuresWanted,
@@ -44,10 +46,12 @@ _ANSWER_WITHIN_S = 5.0
 _MOST_UNREAD_NEWS = 1024
 """A watcher that leaves more unread is gone."""
 
-News = ReplicaNews | Reject | Refiled | None
+News = ReplicaNews | Reject | Refiled | Flushed | None
 """Of replicas; what came of an order, if that is told; or nothing, because control went away."""
 
-Order = LoadWanted | UnloadWanted | ModelRegistered | ModelRemoved | PolicyChosen | ReloadWanted | EntryFiled
+Order = (
+    LoadWanted | UnloadWanted | ResizeWanted | ModelRegistered | ModelRemoved | PolicyChosen | ReloadWanted | EntryFiled | Flush
+)
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -178,7 +182,7 @@ class Relay:
                 for watch in self._watches:
                     if isinstance(message, Reject) and watch.order == message.request_id:
                         watch.tell(message)
-            case Refiled(order=order):
+            case Refiled(order=order) | Flushed(order=order):
                 for watch in self._watches:
                     if watch.order == order:
                         watch.tell(message)

@@ -36,6 +36,7 @@ Message = (
     | events.PolicyChosen
     | events.LoadWanted
     | events.UnloadWanted
+    | events.ResizeWanted
     | events.GpuSampled
     | events.GpuLost
     | events.RoomChanged
@@ -43,6 +44,7 @@ Message = (
     | events.Woke
     | actions.Activate
     | actions.Deactivate
+    | actions.Resize
     | actions.Pause
     | actions.Resume
     | actions.Grant
@@ -75,6 +77,8 @@ Message = (
     | stream.ReloadWanted
     | stream.EntryFiled
     | stream.Refiled
+    | stream.Flush
+    | stream.Flushed
     | stream.RequestTold
     | stream.TallyTold
     | stream.EntriesTold

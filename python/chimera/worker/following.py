@@ -40,5 +40,8 @@ class Following:
     def fail(self, request_id: str, code: str, message: str) -> None:
         raise AssertionError("a gang's requests are its first worker's")
 
+    def flushed(self) -> None:
+        raise AssertionError("a gang is told by its first worker")
+
     def give_back(self, request_id: str, reason: str) -> None:
         raise AssertionError("a gang's requests are its first worker's")

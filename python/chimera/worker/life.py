@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Sequence
 
 import msgspec
 
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
-from chimera.engine.api import Engine, Leave, Limit, Order, Stats, Submission, Withdrawal
+from chimera.engine.api import Engine, Flush, Leave, Limit, Order, Stats, Submission, Withdrawal
 from chimera.msg import actions, stream
 from chimera.msg.events import Outcome, ReplicaReady, RequestFinished
 from chimera.msg.stream import Payload, TokenDelta
@@ -63,6 +64,8 @@ class Life:
         self._open: dict[str, _Open] = {}
         self._paused_until_s: float | None = None
         self._kept: list[Order] = []
+        self._flushes: deque[stream.Flush] = deque()
+        """Given to the engine, which carries them out in their order."""
         self._leave_by_s: float | None = None
         self._told = Stats()
         self._told_s = 0.0
@@ -126,6 +129,10 @@ class Life:
             self._ties.tell_front(request.front, _requeue(request_id, reason, code))
             self._finish(request_id, Outcome.REQUEUED)
 
+    def flushed(self) -> None:
+        order = self._flushes.popleft()
+        self._ties.tell_agent(stream.Flushed(order=order.order, front=order.front, replica=self.replica))
+
     def _call_off(self, front: str) -> None:
         """The front-end is gone, and with it everybody who waited for these answers."""
         for request_id in [request_id for request_id, request in self._open.items() if request.front == front]:
@@ -168,6 +175,9 @@ class Life:
                 return self._lease.obey(message, time.monotonic())
             case stream.LetGo():
                 self._keeping.obey(message)
+            case stream.Flush():
+                self._flushes.append(message)
+                return Flush()
             case stream.Stop(drain_s=drain_s):
                 self._leave_by_s = time.monotonic() + drain_s
                 self.stop_reason = "the server is stopping"

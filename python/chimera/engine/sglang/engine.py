@@ -12,6 +12,7 @@ import gc
 import json
 import logging
 import os
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ import torch
 import zmq
 from sglang.srt.managers import io_struct
 from sglang.srt.managers import scheduler as scheduler_module
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.server_args import PortArgs, ServerArgs
 from sglang.srt.utils.watchdog import Watchdog
 
@@ -86,6 +88,11 @@ class _Mailboxed(scheduler_module.Scheduler):  # type: ignore[misc]
         if self.kv is not None:
             self.kv.show_settled()
         super().on_idle()
+
+    def flush_cache(self, empty_cache: bool = True) -> bool:
+        """SGLang's own gives up while anything runs; here what runs goes on, and every prefix goes that it does not use."""
+        self.tree_cache.evict(EvictParams(num_tokens=sys.maxsize, swa_num_tokens=sys.maxsize))
+        return True
 
     def init_ipc_channels(self, port_args: PortArgs) -> None:
         later = _Later()
@@ -368,6 +375,9 @@ class _Closing:
 
     def fail(self, request_id: str, code: str, message: str) -> None:
         """Nor to be told."""
+
+    def flushed(self) -> None:
+        """Nor is anybody left who asked for it."""
 
     def give_back(self, request_id: str, reason: str) -> None:
         """All were given back before."""

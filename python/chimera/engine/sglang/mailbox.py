@@ -18,12 +18,14 @@ from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchEmbeddingOutput,
     BatchTokenIDOutput,
+    FlushCacheReqInput,
+    FlushCacheReqOutput,
     TokenizedEmbeddingReqInput,
     TokenizedGenerateReqInput,
 )
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from chimera.engine.api import Limit, Order, Post, Submission, Withdrawal
+from chimera.engine.api import Flush, Limit, Order, Post, Submission, Withdrawal
 from chimera.errors import ChimeraError
 from chimera.msg.events import Outcome
 from chimera.msg.stream import Sampling, TokenDelta, TokenLogprobs
@@ -147,6 +149,8 @@ class Mailbox:
                     self._held = others
                 else:
                     self._incoming.append(AbortReq(rid=request_id + _END_OF_ID))
+            case Flush():
+                self._incoming.append(FlushCacheReqInput())
             case Limit():
                 if self._memory is None:
                     raise ChimeraError("a limit was set on a KV pool of fixed size")
@@ -183,6 +187,8 @@ class Mailbox:
             deltas = list(self._deltas(output) if isinstance(output, BatchTokenIDOutput) else self._embeddings(output))
             if deltas:
                 self._post.deliver(deltas)
+        elif isinstance(output, FlushCacheReqOutput):
+            self._post.flushed()
         elif isinstance(output, AbortReq) and (request_id := output.rid.removesuffix(_END_OF_ID)) in self._open:
             # Thrown out of SGLang's waiting queue, not asked for by us.
             self._give_up(request_id, output.finished_reason)

@@ -275,6 +275,9 @@ class _Question:
         self._over = True
         self.refusal = f"{code}: {message}"
 
+    def flushed(self) -> None:
+        """Asked for by the last life's agent; the cache is empty by now."""
+
     def give_back(self, request_id: str, reason: str) -> None:
         self.fail(request_id, "requeue", reason)
 
