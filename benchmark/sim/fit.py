@@ -16,8 +16,10 @@ import json
 import random
 import statistics
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy
@@ -38,31 +40,43 @@ def main() -> int:
     arguments = options.parse_args()
     snapshot = json.loads(_get(arguments.url, "/snapshot"))
     model = next(m for m in snapshot["models"] if arguments.model in (None, m["name"]))
+    table = fitted(arguments.url, model, json.loads(read_cost_table(arguments.base)))
+    arguments.out.write_text(json.dumps(table, indent=2) + "\n")
+    return 0
+
+
+def fitted(url: str, model: Mapping[str, Any], table: dict[str, Any]) -> dict[str, Any]:
+    """The table with what one model of the server tells, as the server's snapshot describes it."""
     name, weight_bytes = model["name"], model["weight_bytes"]
-    draw = random.Random(1)
-    for length in PROMPTS:
-        _ask(arguments.url, name, _prompt(draw, length), 2)
-    ttft = [(length, min(_ask(arguments.url, name, _prompt(draw, length), 2)[0] for _ in range(REPEATS))) for length in PROMPTS]
-    tpot = [(count, min(_together(arguments.url, name, draw, count) for _ in range(5))) for count in AT_ONCE]
+    ttft, tpot = measured(url, name)
     half_pair_s, token_s, first_s = (float(c) for c in numpy.polyfit(*zip(*ttft, strict=True), deg=2))
     sequence_s, step_s = (float(c) for c in numpy.polyfit(*zip(*tpot, strict=True), deg=1))
-    for what, points in (("TTFT by prompt tokens", ttft), ("TPOT by sequences", tpot)):
-        print(what, ", ".join(f"{x}: {1e3 * y:.2f} ms" for x, y in points))
-    table = json.loads(read_cost_table(arguments.base))
     read_s = weight_bytes / table["weight_bytes_per_s"]
-    measured = {
+    found = {
         "step_s": max(1e-5, step_s - read_s),
         "step_sequence_s": max(0.0, sequence_s),
         "request_s": max(0.0, first_s - step_s),
         "prefill_weight_bytes_per_s": weight_bytes / max(1e-9, token_s),
         "prefill_kv_bytes_per_s": model["kv_bytes_per_token"] / max(1e-12, 2 * half_pair_s),
     }
-    for key, value in measured.items():
-        table[key] = float(f"{value:.4g}")
-        table["sources"][key] = f"measured by benchmark/sim/fit.py on {name} alone ({weight_bytes} weight bytes)"
-    arguments.out.write_text(json.dumps(table, indent=2) + "\n")
-    print({key: table[key] for key in measured})
-    return 0
+    told = table | {key: float(f"{value:.4g}") for key, value in found.items()}
+    source = f"measured by benchmark/sim/fit.py on {name} alone ({weight_bytes} weight bytes)"
+    return told | {"sources": table["sources"] | dict.fromkeys(found, source)}
+
+
+Points = list[tuple[int, float]]
+
+
+def measured(url: str, name: str) -> tuple[Points, Points]:
+    """TTFT by prompt tokens and TPOT by sequences, of one model alone."""
+    draw = random.Random(1)
+    for length in PROMPTS:
+        _ask(url, name, _prompt(draw, length), 2)
+    ttft = [(length, min(_ask(url, name, _prompt(draw, length), 2)[0] for _ in range(REPEATS))) for length in PROMPTS]
+    tpot = [(count, min(_together(url, name, draw, count) for _ in range(5))) for count in AT_ONCE]
+    for what, points in (("TTFT by prompt tokens", ttft), ("TPOT by sequences", tpot)):
+        print(f"# {name}: {what}:", ", ".join(f"{x}: {1e3 * y:.2f} ms" for x, y in points))
+    return ttft, tpot
 
 
 def _prompt(draw: random.Random, length: int) -> list[int]:

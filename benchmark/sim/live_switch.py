@@ -1,14 +1,15 @@
 """Switches the policy of a running server again and again under load: no request lost, none answered by another model.
 
-    chimera serve model_configs/cpu_1_gpu_2_model.json --port 8123 --policy static
-    python -m benchmark.sim.live_switch --url http://127.0.0.1:8123 [--every 20] [--clients 4]
+    python -m benchmark.sim.live_switch [--every 20] [--clients 4] [--url http://127.0.0.1:8123] [--json FILE]
 
+Without `--url` a server is started with two tiny models on real engines, on one virtual GPU and under `static`.
 Every client asks each model the same greedy question over and over; an answer that differs from that model's first is counted.
 Where numbers of two batches round differently a greedy answer may differ by itself, so only the first tokens are compared.
 """
 
 from __future__ import annotations
 
+import argparse
 import http.client
 import json
 import threading
@@ -16,6 +17,7 @@ import time
 from urllib.parse import urlsplit
 
 from benchmark import report
+from benchmark.served import entry, served
 
 POLICIES = ("time-sharing", "space-sharing", "flexible", "static")
 COMPARED_TOKENS = 4
@@ -23,13 +25,23 @@ COMPARED_TOKENS = 4
 
 def main() -> int:
     options = report.parser(__doc__)
-    options.add_argument("--url", required=True)
+    options.add_argument("--url", help="a server that runs already, under static")
     options.add_argument("--every", type=float, default=20.0)
     options.add_argument("--clients", type=int, default=4)
     arguments = options.parse_args()
+    if arguments.url is not None:
+        return _under_load(arguments.url, arguments)
+    models = [entry(kind, kind, {"gpu_ids": [0], "on": True}) for kind in ("llama", "qwen3")]
+    with served({"gpus": "1x1GiB", "models": models}, "--policy", "static") as url:
+        return _under_load(url, arguments)
+
+
+def _under_load(url: str, arguments: argparse.Namespace) -> int:
     figures = report.Figures("the policy changes under load", seed=arguments.seed)
-    models = [card["id"] for card in _call(arguments.url, "GET", "/v1/models")["data"]]
-    expected = {model: _answer(arguments.url, model) for model in models}
+    models = [card["id"] for card in _call(url, "GET", "/v1/models")["data"]]
+    expected = {model: _answer(url, model) for model in models}
+    if len(set(expected.values())) < len(models):
+        raise SystemExit("two models give the same answer, so a mistake could not be told")
     stop = threading.Event()
     tally = {"answered": 0, "lost": 0, "strange": 0}
     lock = threading.Lock()
@@ -38,7 +50,7 @@ def main() -> int:
         while not stop.is_set():
             model = models[(number + tally["answered"]) % len(models)]
             try:
-                outcome = "answered" if _answer(arguments.url, model) == expected[model] else "strange"
+                outcome = "answered" if _answer(url, model) == expected[model] else "strange"
             except (OSError, RuntimeError) as fault:
                 outcome = "lost"
                 print(f"# lost: {fault}")
@@ -49,8 +61,10 @@ def main() -> int:
     for thread in threads:
         thread.start()
     for policy in POLICIES:
-        _call(arguments.url, "PUT", "/policy", {"policy": policy})
         time.sleep(arguments.every)
+        _call(url, "PUT", "/policy", {"policy": policy})
+        figures.add(f"requests answered before {policy}", tally["answered"], "")
+    time.sleep(arguments.every)
     stop.set()
     for thread in threads:
         thread.join()

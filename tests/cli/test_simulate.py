@@ -71,3 +71,24 @@ def test_a_model_that_fits_nowhere_is_named(files: Path, capsys: pytest.CaptureF
     (files / "models.json").write_text(json.dumps([{**MODELS[0], "model_name": "whale", "weight_bytes": 10**12}]))
     assert simulate(files) == 1
     assert "whale fits on none of the 2 GPUs" in capsys.readouterr().err
+
+
+def test_a_promise_of_nothing_is_an_error_that_names_its_model(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "models.json").write_text(json.dumps([MODELS[0], {**MODELS[1], "slo": {"ttft_ms": 0, "tpot_ms": 30}}]))
+    assert simulate(files) == 1
+    told = capsys.readouterr().err
+    assert "other" in told or "models[1]" in told or "[1]" in told
+    assert "[1].slo.ttft_ms" in told
+
+
+@pytest.mark.parametrize("row", ["0,x,10,10", "9,x,-1,10", "9,x,10,99999999", "9,,10,10"])
+def test_a_fault_in_the_trace_is_told_with_its_line(files: Path, capsys: pytest.CaptureFixture[str], row: str) -> None:
+    with (files / "trace.csv").open("a") as trace:
+        trace.write(row + "\n")
+    assert simulate(files) == 1
+    assert "trace.csv: line 52" in capsys.readouterr().err
+
+
+def test_a_request_goes_to_no_model_that_the_operator_did_not_name(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert simulate(files, "--map", "x=nobody") == 1
+    assert "nobody" in capsys.readouterr().err

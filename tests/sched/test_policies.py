@@ -147,12 +147,22 @@ def busy(rate: float) -> Demand:
 
 
 def test_flexible_gives_a_model_under_pressure_another_gpu_and_says_why() -> None:
+    some = Demand(requests_per_s=0.3, requests_per_s_minute=0.3, prompt_tokens=20, output_tokens=50, total=99, idle_s=0.0)
+    demands = {"a": busy(15.0), "b": some, "c": some}
     decision = policy_named("flexible").decide(
-        asked([spec("a"), spec("b")], [seat("a", 0), seat("b", 0)], {"a": busy(15.0)}, gpus=2)
+        asked([spec("a"), spec("b"), spec("c")], [seat("a", 0), seat("b", 0), seat("c", 1)], demands, gpus=2)
     )
     (new,) = [s for s in decision.placement.seats if s.replica == ReplicaId("a", 1)]
     assert new.gpu_ids == (1,)
     assert "keep their SLO" in decision.reasons[new.replica]
+
+
+def test_flexible_puts_a_gpu_to_use_on_which_nobody_is_asked_for() -> None:
+    models, standing = [spec("a"), spec("b")], [seat("a", 0), seat("b", 1)]
+    alone = policy_named("flexible").decide(asked(models, standing, {"a": busy(2.0)}, gpus=2)).placement
+    assert [s.gpu_ids for s in alone.seats if s.replica == ReplicaId("a", 1)] == [(1,)]
+    together = policy_named("flexible").decide(asked(models, standing, {"a": busy(2.0), "b": busy(2.0)}, gpus=2)).placement
+    assert not [s for s in together.seats if s.replica.index == 1], "each has its own"
 
 
 def test_flexible_does_not_act_on_what_chance_explains() -> None:

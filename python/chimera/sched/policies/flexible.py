@@ -3,7 +3,8 @@
 For each GPU the forecast says what would be kept; a change is made when it promises more by a margin that covers its price
 and the doubt about the rates (hysteresis), and only so many at a time. A model under pressure gets another replica where that
 helps most, or takes the room of one that is worth less; a replica leaves when the GPU promises more without it. A move is both,
-in that order, so somebody always serves. Models that nobody asks for stay warm while they are in nobody's way.
+in that order, so somebody always serves. A GPU on which nobody is asked for is put to use by whoever has requests that overlap.
+Models that nobody asks for stay warm while they are in nobody's way.
 """
 
 from __future__ import annotations
@@ -15,14 +16,17 @@ import msgspec
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Seat
 from chimera.core.record import Alternative
-from chimera.sched.demand import SHORT_S
+from chimera.sched.demand import LONG_S, SHORT_S
 from chimera.sched.policies.board import Board, places_weighed, weighed
 from chimera.sched.policies.forecast import Asked, Forecast, Load, forecast, load_of
 from chimera.sched.policies.policy import CALM_S, TICK_S, Decision, Question
 
 PROMISED = "requests a second that keep their SLO, more than now"
+OVERLAP = "requests that are under way at once on each of its replicas"
 DOUBT = 1.0
 """How many standard deviations of a count make it more than chance."""
+FORGOTTEN = 0.1
+"""A rate that so much of one request leaves behind is taken for none."""
 
 
 class Flexible(msgspec.Struct, frozen=True):
@@ -33,17 +37,17 @@ class Flexible(msgspec.Struct, frozen=True):
     margin: float = 0.05
     """A change has to promise so much more of the rates it touches."""
     least_gain_per_s: float = 0.02
-    settle_s: float = 5.0
+    settle_s: float = 4.0
     """A replica stays at least this long, whatever the forecast."""
+    overlap: float = 0.25
+    """So many requests at once on each replica, on average, deserve one more where nobody is asked for."""
     idle_s: float = 1.0
     """An idle model leaves for one that is waited for after this long."""
     spare: float = 0.2
     """The part of a GPU left to caches before a model is brought in that nobody waits for."""
-    changes: int = 1
-    """The most replicas brought in by one decision beside those that are waited for."""
-    looked_at: int = 3
+    looked_at: int = 4
     """The models under the most pressure are looked at."""
-    tried_gangs: int = 4
+    tried_gangs: int = 6
     """For each of them, the places with the least work."""
 
     def decide(self, question: Question) -> Decision:
@@ -52,12 +56,11 @@ class Flexible(msgspec.Struct, frozen=True):
         for model in board.seatless():
             self._bring_in(plan, model)
         self._warm_up(plan)
+        self._put_to_use(plan)
         stirring = any(d.open or d.waiting for d in question.snapshot.demands.values())
-        pressed = stirring and bool(plan.pressed(self.pressed))
+        pressed = stirring and bool(plan.pressed(self.pressed, self.least_gain_per_s))
         if pressed:
-            for _ in range(self.changes):
-                if not self._relieve(plan):
-                    break
+            self._relieve(plan)
             self._withdraw(plan)
         board.keep_house()
         return board.decision(TICK_S if pressed or board.seatless() else CALM_S)
@@ -84,25 +87,45 @@ class Flexible(msgspec.Struct, frozen=True):
             if gang is not None:
                 plan.add(model, gang, f"GPUs {list(gang)} have room to keep it warm")
 
-    def _relieve(self, plan: _Plan) -> bool:
+    def _put_to_use(self, plan: _Plan) -> None:
+        """A GPU on which nobody is asked for helps whoever has requests that overlap: none of them waits for another there."""
+        board = plan.board
+        idle = [gpu_id for gpu_id in board.gpus if not any(plan.rate(seat.replica.model) for seat in board.on_gpu(gpu_id))]
+        if not idle:
+            return
+        crowds = {name: plan.crowd(name) for name in board.models if board.seats_of(name)}
+        for name in sorted((n for n in crowds if crowds[n] >= self.overlap), key=lambda n: (-crowds[n], n)):
+            model = board.models[name]
+            gangs = [gang for gang in board.gangs(model) if set(gang) <= set(idle) and board.fits(model, gang)]
+            if gangs:
+                gang = min(gangs, key=lambda gang: (-min(board.free_bytes(g) for g in gang), gang))
+                reason = f"nobody is asked for on GPUs {list(gang)}, and {crowds[name]:.1f} of its requests overlap"
+                scores = ((f"{n} on GPUs {list(gang)}", crowd, n == name) for n, crowd in crowds.items() if crowd > 0)
+                plan.add(model, gang, reason, weighed((*scores, ("leave it as it is", 0.0, False)), OVERLAP))
+                return
+
+    def _relieve(self, plan: _Plan) -> None:
         """The one more replica that promises the most, if it is worth it."""
         best: tuple[float, ModelSpec, tuple[int, ...]] | None = None
         seen: list[tuple[float, ModelSpec, tuple[int, ...]]] = []
-        for model in plan.pressed(self.pressed)[: self.looked_at]:
+        for model in plan.pressed(self.pressed, self.least_gain_per_s)[: self.looked_at]:
+            most = sum(plan.lost_on(seat) for seat in plan.board.seats_of(model.name))
             for gang in self._places(plan, model):
+                price = self._price(plan, model, gang)
+                if most < price or (best is not None and most <= best[0]):
+                    continue
                 gain = plan.gain(model, gang)
                 seen.append((gain, model, gang))
-                if gain >= self._price(plan, model, gang) and (best is None or gain > best[0]):
+                if gain >= price and (best is None or gain > best[0]):
                     best = (gain, model, gang)
         if best is None:
-            return False
+            return
         gain, model, gang = best
         scores = ((f"{m.name} on GPUs {list(g)}", score, (m, g) == (model, gang)) for score, m, g in seen)
         options = weighed((*scores, ("leave it as it is", 0.0, False)), PROMISED)
         plan.clear(model, gang, self.settle_s, options)
         reason = f"with a replica on GPUs {list(gang)}, {gain:.2f} more requests a second keep their SLO"
         plan.add(model, gang, reason, options)
-        return True
 
     def _places(self, plan: _Plan, model: ModelSpec) -> list[tuple[int, ...]]:
         """Where one more replica could stand, the least busy first."""
@@ -133,7 +156,7 @@ class Flexible(msgspec.Struct, frozen=True):
             model = board.models[seat.replica.model]
             if not others or model.pin or not board.serves(seat) or board.since_s(seat.replica) < self.settle_s:
                 continue
-            if all(plan.forecast_of(g).busy == 0 or len(board.on_gpu(g)) == 1 for g in seat.gpu_ids):
+            if plan.lost_on(seat) < self.least_gain_per_s:
                 continue
             gain = plan.gain_without(seat)
             seen.append((gain, seat))
@@ -156,7 +179,7 @@ class _Plan:
         self._rates: dict[str, float] = {}
         self._loads: dict[str, Load] = {}
         self._what_if: dict[tuple[int, str, int, bool, int], Forecast] = {}
-        """Forecasts of placements that are not on the board; worthless once the board changes."""
+        """Forecasts of placements that are not on the board; worthless once their GPU or their model changes."""
 
     def rate(self, model: str) -> float:
         """What is to be expected of the model: the last minute's rate, unless the last seconds differ by more than chance."""
@@ -165,9 +188,14 @@ class _Plan:
             demand = self.board.demand(model)
             short, long = demand.requests_per_s, demand.requests_per_s_minute
             doubt = DOUBT * math.sqrt(max(short, 1 / SHORT_S) / (2 * SHORT_S))
-            rate = max(short - doubt, min(long, short + doubt))
+            rate = max(short - doubt, min(long, short + doubt)) if long > FORGOTTEN / LONG_S else 0.0
             self._rates[model] = rate
         return rate
+
+    def crowd(self, model: str) -> float:
+        """How many of its requests are under way at once on each replica, if none of them is slowed."""
+        load, rate = self._share(model)
+        return rate * (load.prompt_cost_s + load.output_tokens * (load.step_s + load.sequence_s))
 
     def _load(self, model: str) -> Load:
         load = self._loads.get(model)
@@ -185,7 +213,7 @@ class _Plan:
 
     def _reckon(self, gpu_id: int) -> Forecast:
         board = self.board
-        asked = [self._share(seat.replica.model) for seat in board.on_gpu(gpu_id)]
+        asked = [self._share(seat.replica.model) for seat in board.on_gpu(gpu_id) if self.rate(seat.replica.model)]
         return forecast(asked, board.free_bytes(gpu_id), board.costs.neighbour_slowdown)
 
     def _if(self, gpu_id: int, model: str, replicas: int, *, present: bool = True, freed_bytes: int = 0) -> Forecast:
@@ -195,7 +223,7 @@ class _Plan:
         if known is None:
             board = self.board
             others = [seat.replica.model for seat in board.on_gpu(gpu_id) if seat.replica.model != model]
-            asked = [self._share(name) for name in others]
+            asked = [self._share(name) for name in others if self.rate(name)]
             if present:
                 asked.append((self._load(model), self.rate(model) / max(1, replicas)))
             here = len(others) < len(board.on_gpu(gpu_id))
@@ -208,17 +236,21 @@ class _Plan:
     def _share(self, model: str) -> Asked:
         return self._load(model), self.rate(model) / max(1, len(self.board.seats_of(model)))
 
-    def pressed(self, threshold: float) -> list[ModelSpec]:
-        """Models predicted to miss promises, those that miss most first."""
+    def pressed(self, threshold: float, worth_per_s: float) -> list[ModelSpec]:
+        """Models predicted to miss promises, those that miss most first; where all that is lost is worth a change."""
         found: list[tuple[float, str]] = []
         for name in self.board.models:
             seats = self.board.seats_of(name)
             rate = self.rate(name)
-            if seats and rate > 0:
+            if seats and rate > 0 and sum(self.lost_on(seat) for seat in seats) >= worth_per_s:
                 kept = sum(min(self.forecast_of(g).attainment[name] for g in seat.gpu_ids) for seat in seats) / len(seats)
                 if kept < threshold:
                     found.append((-rate * (1 - kept), name))
         return [self.board.models[name] for _, name in sorted(found)]
+
+    def lost_on(self, seat: Seat) -> float:
+        """Requests a second that miss a promise on its GPUs, whosever they are: no more can be gained there."""
+        return sum(self.forecast_of(gpu_id).lost_per_s for gpu_id in seat.gpu_ids)
 
     def gain(self, model: ModelSpec, gang: tuple[int, ...]) -> float:
         """How many more requests a second would keep their SLO with one more replica there."""
@@ -263,7 +295,8 @@ class _Plan:
 
     def has_room(self, model: ModelSpec, gang: tuple[int, ...], settle_s: float) -> bool:
         needed = self.board.needs_bytes(model)
-        return all(self.board.free_bytes(g) + self._spare_bytes(g, settle_s) >= needed for g in gang)
+        short = (g for g in gang if self.board.free_bytes(g) < needed)
+        return all(self.board.free_bytes(g) + self._spare_bytes(g, settle_s) >= needed for g in short)
 
     def _spare_bytes(self, gpu_id: int, settle_s: float) -> int:
         costs = self.board.costs
@@ -285,12 +318,10 @@ class _Plan:
 
     def remove(self, seat: Seat, reason: str, options: tuple[Alternative, ...] = ()) -> None:
         self.board.remove(seat, reason, options)
-        self._forget(seat.replica.model)
-        for gpu_id in seat.gpu_ids:
-            self._forecasts.pop(gpu_id, None)
+        self._forget(seat.replica.model, seat)
 
-    def _forget(self, model: str) -> None:
-        self._what_if.clear()
-        for seat in self.board.seats_of(model):
-            for gpu_id in seat.gpu_ids:
-                self._forecasts.pop(gpu_id, None)
+    def _forget(self, model: str, *gone: Seat) -> None:
+        touched = {gpu_id for seat in (*self.board.seats_of(model), *gone) for gpu_id in seat.gpu_ids}
+        for gpu_id in touched:
+            self._forecasts.pop(gpu_id, None)
+        self._what_if = {key: known for key, known in self._what_if.items() if key[0] not in touched and key[1] != model}

@@ -48,6 +48,8 @@ class Load(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class Forecast(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     attained_per_s: float
     """Requests a second that keep both promises."""
+    lost_per_s: float
+    """And those that do not."""
     attainment: dict[str, float]
     busy: float
     """Share of the GPU's time that the work takes at the least."""
@@ -84,7 +86,7 @@ def forecast(asked: Sequence[Asked], kv_bytes: float, slowdown: float) -> Foreca
     attainment = {load.model: 1.0 for load, _ in asked}
     active = [(load, rate) for load, rate in asked if rate > 0]
     if not active:
-        return Forecast(attained_per_s=0.0, attainment=attainment, busy=0.0)
+        return Forecast(attained_per_s=0.0, lost_per_s=0.0, attainment=attainment, busy=0.0)
     shares = [0.0] * len(active)
     batches = [1.0] * len(active)
     # Prompts go first, so decodes have what they leave.
@@ -107,14 +109,15 @@ def forecast(asked: Sequence[Asked], kv_bytes: float, slowdown: float) -> Foreca
         held_bytes += batch * load.kv_bytes
     in_time = 1.0 if busy <= FULL else (FULL / busy) ** 2
     room = 1.0 if held_bytes <= 0.8 * kv_bytes else max(0.0, 0.8 * kv_bytes / held_bytes)
-    attained = 0.0
+    attained = asked_per_s = 0.0
     for i, (load, rate) in enumerate(active):
         step_s = (load.step_s + batches[i] * load.sequence_s) / left[i]
         turns = min(load.tpot_s / step_s, load.ttft_s / (load.prompt_cost_s + step_s))
         share = in_time * room * _poisson_at_most((turns - 1) / (1 + slowdown), together - shares[i])
         attainment[load.model] = share
         attained += rate * share
-    return Forecast(attained_per_s=attained, attainment=attainment, busy=busy)
+        asked_per_s += rate
+    return Forecast(attained_per_s=attained, lost_per_s=asked_per_s - attained, attainment=attainment, busy=busy)
 
 
 def _poisson_at_most(bound: float, mean: float) -> float:
