@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import random
 import re
 import select
 import shutil
@@ -31,8 +32,8 @@ from tests.worker.stage import PATIENCE_S, Stage, model, payload
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
 LEASE_NEWS = (events.PagesReturned, events.PagesWanted, events.RequestFinished)
-REQUESTS = int(os.environ.get("CHIMERA_TEST_GANG_REQUESTS", "60"))
-"""200 takes three times as long, and shows the same."""
+REQUESTS = int(os.environ.get("CHIMERA_TEST_GANG_REQUESTS", "40"))
+"""200 takes minutes where two ranks and a client share two cores."""
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    stage = Stage(tmp_path_factory.mktemp("d"), "sglang")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("images")
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Iterator[Stage]:
+    stage = Stage(tmp_path_factory.mktemp("d"), "sglang", "--images", str(images))
     yield stage
     stage.close()
 
@@ -69,7 +75,7 @@ def test_greedy_answers_are_transformers_while_both_leases_move(
     crowd = Crowd(stage, pair, tiny, epoch, ready.credits)
     restless = RestlessPair(pair, tiny, epoch, levels=(0, 48))
     wanted = wishes(11, REQUESTS, cancelled=0.1)
-    crowd.run(wanted, move_lease=restless)
+    crowd.run(wanted, move_lease=restless, patience_s=3.0 * REQUESTS)
     assert_greedy(checkpoints / "llama", wanted)
     record_property("limits", restless.revisions)
     record_property("requeued", crowd.requeued)
@@ -162,3 +168,53 @@ async def test_a_killed_rank_takes_the_gang_with_it_and_the_model_is_back(stage:
         again = front.ask("again", of="llama", prompt=[5] * 20, tokens=8)
         await asyncio.wait_for(again.ended.wait(), PATIENCE_S)
         assert again.outcome is Outcome.LENGTH
+
+
+# Weights from images, one for each rank.
+
+
+def test_a_gang_that_comes_back_takes_its_weights_from_images_and_says_the_same(
+    stage: Stage, pair: Pair, checkpoints: Path, images: Path
+) -> None:
+    make(MODELS["llama"], checkpoints / "imaged", seed=5)
+    tiny = model("imaged", str(checkpoints / "imaged"), kv_bytes_per_token=TOKEN_BYTES // 2, tp_size=2)
+    answers, known = [], set(images.glob("*.image"))
+    for turn in range(2):
+        epoch, _ = pair.become(tiny, lease=lease(CEILING))
+        pair.submit(f"r{turn}", epoch, payload([5] * 20, 32))
+        answers += stage.finished(f"r{turn}")
+        for member in (pair, pair.second):
+            member.leave("imaged", epoch)
+            member.inbox.next(events.ReplicaStopped, past=LEASE_NEWS)
+        made = set(images.glob("*.image")) - known
+        assert len(made) == 2, "one for each rank, made once"
+    first, again = answers
+    assert first.tokens == again.tokens
+    whole = sum(file.stat().st_size for file in (checkpoints / "imaged").glob("*.safetensors"))
+    assert all(image.stat().st_size < 0.7 * whole for image in made), "a rank has its part of the weights"
+
+
+def test_a_gang_that_wakes_up_wrong_does_not_serve(stage: Stage, pair: Pair, checkpoints: Path, images: Path) -> None:
+    make(MODELS["llama"], checkpoints / "spoilt", seed=6)
+    tiny = model("spoilt", str(checkpoints / "spoilt"), kv_bytes_per_token=TOKEN_BYTES // 2, tp_size=2)
+    known = set(images.glob("*.image"))
+    epoch, _ = pair.become(tiny, lease=lease(CEILING))
+    for member in (pair, pair.second):
+        member.leave("spoilt", epoch)
+        member.inbox.next(events.ReplicaStopped, past=LEASE_NEWS)
+    for image in set(images.glob("*.image")) - known:
+        with image.open("r+b") as file:
+            file.write(random.Random(1).randbytes(image.stat().st_size // 2))
+    pair.activate(tiny, lease=lease(CEILING))
+    failed = pair.inbox.next(events.ActivationFailed)
+    assert "woke up wrong" in failed.reason and not failed.permanent
+
+
+def test_a_truncated_checkpoint_is_refused_by_every_rank(pair: Pair, checkpoints: Path) -> None:
+    make(MODELS["llama"], checkpoints / "short", seed=7)
+    (file,) = (checkpoints / "short").glob("*.safetensors")
+    os.truncate(file, file.stat().st_size - 1000)
+    pair.activate(model("short", str(checkpoints / "short"), kv_bytes_per_token=TOKEN_BYTES // 2, tp_size=2))
+    for member in (pair, pair.second):
+        failed = member.inbox.next(events.ActivationFailed)
+        assert failed.permanent and file.name in failed.reason

@@ -140,4 +140,5 @@ class Gang:
         if self.end is None or isinstance(self.end, ReplicaStopped):
             self.end = end
         if self.is_over and not self.is_alone:
-            self._meeting.unlink(missing_ok=True)
+            for path in self._meeting.parent.glob(f"{self._meeting.name}*"):
+                path.unlink(missing_ok=True)

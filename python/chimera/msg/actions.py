@@ -50,7 +50,7 @@ class Place(msgspec.Struct, frozen=True, kw_only=True):
 
     rank: int
     meeting: str
-    """The path of a file in which the ranks find each other; nobody else has been there."""
+    """How paths begin of files in which the ranks find each other; nobody else has been there."""
 
 
 class Activate(Action, frozen=True, kw_only=True):

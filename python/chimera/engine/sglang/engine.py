@@ -247,6 +247,8 @@ class SglangEngine:
         """With `abandon`, whatever SGLang still has from an earlier post is given up first."""
         scheduler = self._require()
         lockstep = scheduler.lockstep
+        if lockstep is not None:
+            lockstep.begin()
         if scheduler.is_first:
             scheduler.later.lockstep = lockstep
             scheduler.later.mailbox = mailbox = Mailbox(

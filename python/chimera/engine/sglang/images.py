@@ -39,14 +39,12 @@ _UNTYPED = (type(None), bool, int, float, str)
 
 def takes_images(model: ModelSpec) -> bool:
     """Whoever asks for another of SGLang's loaders gets it: `dummy` has no files, others bring their own ways. And where
-    there is a second model, weights that wander, or a part for each of several GPUs, one image is not all there is."""
-    if model.tp_size > 1:
-        return False
+    there is a second model, or weights that wander, one image is not all there is."""
     wandering = any(name.startswith(_MORE_THAN_ONE_IMAGE) and value for name, value in model.engine_args.items())
     return not wandering and model.engine_args.get("load_format", "auto") in _FILES_FORMATS
 
 
-def key_of(model: ModelSpec, *, engine: str, device: str) -> ImageKey:
+def key_of(model: ModelSpec, *, engine: str, device: str, rank: int = 0) -> ImageKey:
     folder = Path(model.path)
     try:
         arguments = server_arguments(model, on_cpu=device == "cpu", kv_bytes=None)
@@ -60,6 +58,7 @@ def key_of(model: ModelSpec, *, engine: str, device: str) -> ImageKey:
         engine=engine,
         device=device,
         settings=json.dumps(settings, sort_keys=True, default=str),
+        rank=rank,
         tp_size=model.tp_size,
     )
 

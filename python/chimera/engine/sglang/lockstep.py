@@ -43,6 +43,10 @@ class Lockstep:
         if kv is not None:
             kv.agree = _least_of_all
 
+    def begin(self) -> None:
+        """All are about to step again."""
+        self._leaves = False
+
     # The first rank's memory, as its mailbox sees it.
 
     @property

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ import torch
 from chimera.core.model import ModelSpec
 from chimera.core.shape import shape_of
 from chimera.engine.api import NO_PARKING, CannotServe, Holding, Leave, Order, Parking, Post, Remains, Stats, Submission, Vitals
+from chimera.engine.sglang.council import Council, place_of
 from chimera.engine.sglang.engine import Aside, SglangEngine
 from chimera.engine.sglang.images import key_of, loading_from, takes_images, witnessed
 from chimera.engine.sglang.shelf import Berth, Parked, Shelf
@@ -62,8 +64,8 @@ class WarmEngine:
 
         Returns the bytes of the image, none if the model has no use for one.
         """
-        if not self.takes_image(model):
-            return 0
+        if not self.takes_image(model) or model.tp_size > 1:
+            return 0  # the parts of a gang are loaded by a gang
         with _refusing():
             key = self._key(model)
             image = self._store.open(key)
@@ -85,10 +87,7 @@ class WarmEngine:
         ceiling_bytes: int | None = None,
         place: Place | None = None,
     ) -> Vitals:
-        if place is not None:  # images are of whole models, and a canary would have to be asked by all
-            self._shelf.clear("what is kept is a world of its own, and a gang makes another")
-            return self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes, place=place)
-        vitals, image = self.bring_up(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
+        vitals, image = self.bring_up(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes, place=place)
         try:
             if image is not None:
                 self._require_right(image)
@@ -99,9 +98,17 @@ class WarmEngine:
         return vitals
 
     def bring_up(
-        self, model: ModelSpec, *, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None = None
+        self,
+        model: ModelSpec,
+        *,
+        gpu_ids: tuple[int, ...],
+        kv_bytes: int | None,
+        ceiling_bytes: int | None = None,
+        place: Place | None = None,
     ) -> tuple[Vitals, Image | None]:
         """All of an activation but its check; the image that the weights came from, if they came from one."""
+        if place is not None:
+            return self._bring_up_part(model, gpu_ids, kv_bytes, ceiling_bytes, place)
         image = None
         if self.takes_image(model):
             with _refusing():
@@ -117,6 +124,21 @@ class WarmEngine:
         with _refusing(), loading_from(image, self._copier):
             vitals = self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
         self._up = _Up(berth, time.monotonic() - began_s, 0)
+        return vitals, image
+
+    def _bring_up_part(
+        self, model: ModelSpec, gpu_ids: tuple[int, ...], kv_bytes: int | None, ceiling_bytes: int | None, place: Place
+    ) -> tuple[Vitals, Image | None]:
+        """One rank's part, with all other ranks: they load from their images if each has one, and else all from the files."""
+        self._shelf.clear("what is kept has a world of its own, and a gang makes another")
+        image = None
+        if self.takes_image(model):
+            with _refusing():
+                image = self._image_of_part(model, gpu_ids, place)
+        with _refusing(), nullcontext() if image is None else loading_from(image, self._copier):
+            vitals = self._bare.activate(
+                model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes, place=place_of(place, "up")
+            )
         return vitals, image
 
     def serve(self, post: Post) -> None:
@@ -152,7 +174,10 @@ class WarmEngine:
         return takes_images(model) and not model.embedding  # which says nothing that could be compared
 
     def ask(self, prompt: tuple[int, ...], tokens: int = CANARY_TOKENS) -> tuple[int, ...]:
-        """What the model that is up says, greedily. For whoever has it to himself: nothing else is served meanwhile."""
+        """What the model that is up says, greedily. For whoever has it to himself: nothing else is served meanwhile.
+
+        Of a gang all ranks ask, and the first hears the answer: the others' is empty, in their images too.
+        """
         question = _Question(prompt, tokens)
         try:
             self._bare.serve(question)
@@ -163,8 +188,8 @@ class WarmEngine:
             return tuple(question.said)
         raise AssertionError("serve() ends by being left")
 
-    def _key(self, model: ModelSpec) -> ImageKey:
-        return key_of(model, engine=self._engine, device=_device_kind())
+    def _key(self, model: ModelSpec, rank: int = 0) -> ImageKey:
+        return key_of(model, engine=self._engine, device=_device_kind(), rank=rank)
 
     def _require_right(self, image: Image) -> None:
         wrong = self._wrong(image)
@@ -186,14 +211,32 @@ class WarmEngine:
         with self._store.turn(key):
             return self._store.open(key) or self._build(key, model, gpu_ids)
 
-    def _build(self, key: ImageKey, model: ModelSpec, gpu_ids: tuple[int, ...]) -> Image:
-        """Load as SGLang loads, ask the canary, copy, and try the copy before anybody relies on it."""
+    def _image_of_part(self, model: ModelSpec, gpu_ids: tuple[int, ...], place: Place) -> Image | None:
+        """This rank's image, if all ranks have theirs in the end: built by all together where one was missing."""
+        key, council = self._key(model, place.rank), Council(place, len(gpu_ids))
+        image = self._store.open(key)
+        words = council.hear_all(_word(image))
+        if _MISSING in words:
+            # One turn for all ranks, or two gangs could wait for each other.
+            with nullcontext() if place.rank else self._store.turn(key):
+                image = self._store.open(key)
+                words = council.hear_all(_word(image))
+                if _MISSING in words and _UNFIT not in words:
+                    words = council.hear_all(_word(image := self._build(key, model, gpu_ids, council)))
+        return image if set(words) == {_THERE} else None
+
+    def _build(self, key: ImageKey, model: ModelSpec, gpu_ids: tuple[int, ...], council: Council | None = None) -> Image:
+        """Load as SGLang loads, ask the canary, copy, and try the copy before anybody relies on it.
+
+        With a council: one rank's part, while all other ranks do the same.
+        """
         began_s = time.monotonic()
         if takes_images(model):
             _require_whole(_folder(model))
         room_bytes = model.kv_bytes(_CANARY_ROOM_TOKENS)
         with witnessed() as witness:
-            vitals = self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=room_bytes)
+            where = None if council is None else council.place_for("built")
+            vitals = self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=room_bytes, place=where)
         try:
             prompt = _canary_prompt(vitals)
             canary = Canary(prompt=prompt, tokens=self.ask(prompt))
@@ -201,35 +244,33 @@ class WarmEngine:
             if stamps(_folder(model)) != key.files:
                 raise WeightsError(f"the files of {model.name} changed while they were read", passing=True)
             contents = Contents(key=key.name, model=model.name, data_bytes=0, entries=(), unfit=witness.unfit)
-            if survey is None:
-                log.warning("model=%s loads from its files each time reason=%s", model.name, witness.unfit)
-                return self._store.put(key, contents, [])
-            contents = msgspec.structs.replace(
-                contents,
-                data_bytes=survey.data_bytes,
-                entries=survey.entries,
-                plain=survey.plain,
-                absent=survey.absent,
-                canary=canary,
-                build_s=time.monotonic() - began_s,
-            )
-            image = self._store.put(key, contents, survey.pieces)
+            if survey is not None:
+                contents = msgspec.structs.replace(
+                    contents,
+                    data_bytes=survey.data_bytes,
+                    entries=survey.entries,
+                    plain=survey.plain,
+                    absent=survey.absent,
+                    canary=canary,
+                    build_s=time.monotonic() - began_s,
+                )
+            image = self._store.put(key, contents, [] if survey is None else survey.pieces)
         finally:
             self._bare.deactivate()
-        log.info(
-            "built image=%s model=%s bytes=%d seconds=%.3f",
-            key.name,
-            model.name,
-            survey.data_bytes,
-            time.monotonic() - began_s,
-        )
-        return self._tried(key, image, model, gpu_ids)
+        if contents.unfit:
+            log.warning("model=%s loads from its files each time reason=%s", model.name, contents.unfit)
+        else:
+            took_s = time.monotonic() - began_s
+            log.info("built image=%s model=%s bytes=%d seconds=%.3f", key.name, model.name, contents.data_bytes, took_s)
+        words = [_word(image)] if council is None else council.hear_all(_word(image))
+        return image if _UNFIT in words else self._tried(key, image, model, gpu_ids, council)
 
-    def _tried(self, key: ImageKey, image: Image, model: ModelSpec, gpu_ids: tuple[int, ...]) -> Image:
+    def _tried(self, key: ImageKey, image: Image, model: ModelSpec, gpu_ids: tuple[int, ...], council: Council | None) -> Image:
         """A model whose image does not bring it back right loads from its files, now and later; the log says so."""
         try:
             with _refusing(), loading_from(image, self._copier):
-                self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=model.kv_bytes(_CANARY_ROOM_TOKENS))
+                where = None if council is None else council.place_for("tried")
+                self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=model.kv_bytes(_CANARY_ROOM_TOKENS), place=where)
             wrong = self._wrong(image)
         except CannotServe as fault:
             if not fault.permanent:
@@ -241,6 +282,16 @@ class WarmEngine:
             return image
         log.warning("model=%s loads from its files each time reason=%s", model.name, wrong)
         return self._store.put(key, Contents(key=key.name, model=model.name, data_bytes=0, entries=(), unfit=wrong), [])
+
+
+_MISSING, _UNFIT, _THERE = "missing", "unfit", "there"
+
+
+def _word(image: Image | None) -> str:
+    """What one rank says of its image."""
+    if image is None:
+        return _MISSING
+    return _UNFIT if image.contents.unfit else _THERE
 
 
 class _Up(NamedTuple):
