@@ -60,9 +60,10 @@ PROMISE = {"ttft_ms": 1000, "tpot_ms": 100}
 BURST, BURSTS, EVERY_S = 32, 8, 7.0
 PROMPT, ANSWER = 128, 64
 PATIENCE = 0.5
-BURST_GPU = "1x52MiB"
-HALF_GB = 0.0136
-"""Of what the weights leave, so that all of it holds a little more than one burst."""
+AT_ONCE = 48
+BURST_GPU = "1x48MiB"
+HALF_GB = 0.0126
+"""Of what the weights leave: all of it holds one burst, half of it little more than half of one."""
 
 
 def main() -> int:
@@ -153,12 +154,13 @@ def burst_trace(bursts: int = BURSTS, models: Sequence[str] = ("a", "b")) -> Tra
 async def bursts(arguments: argparse.Namespace) -> Runs:
     runs: Runs = []
     within_s = None
+    at_once = {"max_running_requests": AT_ONCE}
     for name, asked, seat, flags in (
         ("alone", ("a",), {}, []),
         ("halves", ("a", "b"), {"max_memory_pool_size": HALF_GB}, ["--static"]),
         ("leases", ("a", "b"), {}, []),
     ):
-        models = [entry(model, "qwen3", {"gpu_ids": [0], "on": True, **seat}) for model in asked]
+        models = [entry(model, "qwen3", {"gpu_ids": [0], "on": True, **seat}, engine_args=at_once) for model in asked]
         trace = burst_trace(2 if name == "alone" else BURSTS, asked)
         with served({"gpus": BURST_GPU, "models": models}, *flags) as url:
             ready = await prepared(arguments.out / "bursts", url, trace, arguments.seed, Slo(ttft_s=within_s))

@@ -15,7 +15,7 @@ from chimera.units import GIB, MIB, format_bytes, parse_bytes
 
 PAGE_BYTES = 2 * MIB
 MOST_GPUS = 1024
-SMALLEST_BYTES = 64 * MIB
+SMALLEST_BYTES = 16 * MIB
 LARGEST_BYTES = 1024 * GIB
 _CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
