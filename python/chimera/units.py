@@ -32,6 +32,15 @@ def parse_seconds(text: str) -> float:
     return _quantity(text, _SECONDS, "a duration")
 
 
+def parse_stay(text: str) -> float:
+    """`5m`, `1h30m`, `30`, `-1` → seconds; below zero stands for ever."""
+    sign, text = (-1.0, text[1:]) if text.startswith("-") else (1.0, text)
+    parts = re.findall(r"[\d.]+[a-zA-Z]*", text)
+    if "".join(parts) != text or not parts:
+        raise ValueError(f"{text!r} is not a duration: like 5m, 1h30m, or seconds")
+    return sign * sum(map(parse_seconds, parts))
+
+
 def format_bytes(n: float) -> str:
     """For people: `1.5 GiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):

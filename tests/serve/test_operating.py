@@ -149,3 +149,21 @@ def test_the_command_line_reads_the_file_again(served: House, desk: Desk) -> Non
     assert (done.returncode, done.stdout) == (0, "c: pin changed\n")
     again = subprocess.run(command("reload", "--json", "--url", url), capture_output=True, text=True, timeout=60)
     assert json.loads(again.stdout) == {"changes": []}
+
+
+def kept(served: House, keep_alive: object) -> tuple[int, Any]:
+    body = {"model": "b", "prompt": "hello", "max_tokens": 3, "keep_alive": keep_alive}
+    return served.ask("POST", "/v1/completions", body)
+
+
+def test_a_request_says_how_long_its_model_stays(served: House) -> None:
+    assert kept(served, "1h30m")[0] == 200
+    assert up(served)["b"][0] == "serving"
+    assert kept(served, 0)[0] == 200
+    until(lambda: "b" not in up(served), "the end of b")
+    assert kept(served, "100ms")[0] == 200, "it comes back for the next request"
+    until(lambda: "b" not in up(served), "the end of b")
+    assert kept(served, -1)[0] == 200
+    assert up(served)["b"][0] == "serving"
+    status, told = kept(served, "a while")
+    assert status == 400 and told["error"]["param"] == "keep_alive"

@@ -19,6 +19,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """When the client's request came in, on the clock the schedulers are told."""
     slo: Slo = Slo()
     priority: int = 0
+    keep_alive_s: float | None = None
+    """How long its model shall stay after it; below zero for ever, `None` as the model's entry says."""
     emitted_tokens: int = 0
     """Tokens already sent to the client before the request was requeued; they are part of the new prompt."""
     tries: int = 0

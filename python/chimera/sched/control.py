@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import msgspec
 
 from chimera.core.model import ModelSpec
-from chimera.core.placement import Placement
+from chimera.core.placement import Placement, Seat
 from chimera.core.snapshot import ReplicaView, Snapshot
 from chimera.msg.actions import Abort, Action, Activate, Deactivate, QueueBy, Reject, Requeue, Resize, Route, WakeAt
 from chimera.msg.events import (
@@ -50,6 +50,7 @@ from chimera.sched.places import Place, PlaceState
 from chimera.sched.plan import Plan
 from chimera.sched.policies import policy_named
 from chimera.sched.policies.policy import WarmRules
+from chimera.sched.stays import Stay
 
 ControlInput = Event | Reject | Requeue
 """What happened, and what agents have decided about requests that were routed to them."""
@@ -76,6 +77,8 @@ class ControlState(msgspec.Struct, frozen=True, kw_only=True):
     local: str | None = None
     learns: bool = False
     strangers: dict[int, int] = {}
+    stays: dict[str, Stay] = {}
+    resting: dict[str, tuple[Seat, ...]] = {}
 
 
 class ControlScheduler:
@@ -104,6 +107,7 @@ class ControlScheduler:
 
     def on(self, event: ControlInput, now: float) -> list[Action]:
         actions = list(self._decide(event, now))
+        self._plan.stays.note(now, self._dispatcher.waiting())
         self._plan.note_stir(now)
         actions += self._plan.review(self.snapshot, now)
         self._plan.note_stir(now)
@@ -113,7 +117,7 @@ class ControlScheduler:
     def _decide(self, event: ControlInput, now: float) -> Iterable[Action]:
         match event:
             case RequestArrived():
-                return self._dispatcher.arrived(event.request, now)
+                return self._arrived(event, now)
             case RequestFinished():
                 return self._dispatcher.finished(event, now)
             case RequestCancelled():
@@ -162,13 +166,18 @@ class ControlScheduler:
             case _:
                 return []
 
+    def _arrived(self, event: RequestArrived, now: float) -> Iterable[Action]:
+        yield from self._plan.asked_for(event.request, now)
+        yield from self._dispatcher.arrived(event.request, now)
+
     def _woke(self, now: float) -> Iterable[Action]:
         self._wake_s = None
+        yield from self._plan.end_stays(now)
         yield from self._lives.due(now)
         yield from self._dispatcher.end_waiting(now)
 
     def _next_wake(self) -> WakeAt | None:
-        dues = [*self._lives.due_s(), *self._dispatcher.due_s()]
+        dues = [*self._lives.due_s(), *self._dispatcher.due_s(), *self._plan.stays.due_s()]
         if self._plan.review_s is not None:
             dues.append(self._plan.review_s)
         soonest = min(dues, default=None)
@@ -267,6 +276,8 @@ class ControlScheduler:
             local=fleet.local_asked,
             learns=self._lives.learns,
             strangers=fleet.strangers,
+            stays=self._plan.stays.asked,
+            resting=self._plan.resting,
         )
         return _copy(state)
 
@@ -290,6 +301,8 @@ class ControlScheduler:
         for place in state.places:
             fleet.add(place)
         scheduler._dispatcher.revive(state.held, state.demands, state.paces)
+        scheduler._plan.stays.asked = state.stays
+        scheduler._plan.resting = state.resting
         scheduler._plan.review_s = state.review_s
         scheduler._plan.reviewed_s = state.reviewed_s
         scheduler._wake_s = state.wake_s

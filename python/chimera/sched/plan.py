@@ -13,6 +13,7 @@ from msgspec.structs import replace
 
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement, Seat
+from chimera.core.request import Request
 from chimera.core.snapshot import Snapshot
 from chimera.errors import ConfigError
 from chimera.msg.actions import Action, Deactivate, Reject, RejectCode
@@ -22,6 +23,7 @@ from chimera.sched.fleet import Fleet
 from chimera.sched.lives import Lives
 from chimera.sched.policies import policy_named
 from chimera.sched.policies.policy import Decision, Question, WarmRules
+from chimera.sched.stays import Stays
 
 SOON_S = 0.02
 """Reviews that events ask for are at least so far apart."""
@@ -36,6 +38,10 @@ class Plan:
         self._lives = lives
         self.filed = filed
         self.warm = warm
+        self.stays = Stays(fleet)
+        self.resting: dict[str, tuple[Seat, ...]] = {}
+        """Where models stood that were let go because their last requests said so, and come back with the next: only
+        under a policy that would not bring them back by itself."""
         self.review_s: float | None = None
         """When the policy is asked next; `None` until something happens."""
         self.reviewed_s: float | None = None
@@ -77,7 +83,7 @@ class Plan:
             decision = Decision(placement=self.filed, again_s=math.inf)
         else:
             question = Question(
-                snapshot=self._free_of_strangers(snapshot(now)),
+                snapshot=self._as_asked(self._free_of_strangers(snapshot(now))),
                 filed=self.filed,
                 wanted=fleet.wanted,
                 costs=fleet.costs,
@@ -96,6 +102,12 @@ class Plan:
         gpus = (replace(gpu, capacity_bytes=max(0, gpu.capacity_bytes - strangers.get(gpu.gpu_id, 0))) for gpu in snapshot.gpus)
         return replace(snapshot, gpus=tuple(gpus))
 
+    def _as_asked(self, snapshot: Snapshot) -> Snapshot:
+        """Models with what their last requests said of their stay."""
+        if not self.stays.asked:
+            return snapshot
+        return replace(snapshot, models=tuple(map(self.stays.as_asked, snapshot.models)))
+
     def _want(self, decision: Decision, now: float) -> Iterator[Action]:
         fleet = self._fleet
         change = decision.placement.diff(fleet.wanted)
@@ -106,14 +118,40 @@ class Plan:
         for seat in change.resize:
             yield from self._lives.resize(seat, decision.reasons.get(seat.replica, "its KV memory has another limit"), now)
         for model in dict.fromkeys(seat.replica.model for seat in change.start):
+            self.resting.pop(model, None)
             yield from self._lives.settle(model, now, decision)
         for model in self._dispatcher.waiting():
             yield from self._dispatcher.refuse_held(model, now)  # `static` gives some of them no place
+
+    # A request's word.
+
+    def asked_for(self, request: Request, now: float) -> Iterator[Action]:
+        """A model that was let go comes back to where it stood."""
+        self.stays.heard(request)
+        seats = self.resting.pop(request.model, ())
+        if seats:
+            reasons = dict.fromkeys((seat.replica for seat in seats), "it had been let go, and a request has come for it")
+            wanted = Placement((*self._fleet.wanted.seats, *seats))
+            yield from self._want(Decision(placement=wanted, reasons=reasons), now)
+
+    def end_stays(self, now: float) -> Iterator[Action]:
+        for model in self.stays.ending(now):
+            seats = [seat for seat in self._fleet.wanted.seats if seat.replica.model == model]
+            if self._fleet.models[model].pin or not seats:
+                continue
+            reason = f"nobody has used it for {self.stays.asked[model].for_s:g} s, as its last request asked"
+            others = tuple(seat for seat in self._fleet.wanted.seats if seat.replica.model != model)
+            reasons = dict.fromkeys((seat.replica for seat in seats), reason)
+            yield from self._want(Decision(placement=Placement(others), reasons=reasons), now)
+            if not self._fleet.policy.on_demand:
+                self.resting[model] = tuple(seats)
 
     # The operator's word.
 
     def removed(self, model: str, now: float) -> Iterator[Action]:
         """Its seats go with it: should the name come back, it may be another model's."""
+        self.stays.forget(model)
+        self.resting.pop(model, None)
         yield from self._lives.removed(model, now)
         self._fleet.wanted, self.filed = (
             Placement(tuple(seat for seat in placement.seats if seat.replica.model != model))
@@ -131,6 +169,8 @@ class Plan:
         def changed(placement: Placement) -> Placement:
             return Placement((*(seat for seat in placement.seats if seat.replica not in touched), *event.seats))
 
+        for replica in event.unseated:
+            self.resting.pop(replica.model, None)
         self.filed = changed(self.filed)
         decision = Decision(placement=changed(self._fleet.wanted), reasons=dict.fromkeys(touched, event.reason))
         yield from self._want(decision, now)
@@ -163,6 +203,7 @@ class Plan:
         leaving = [
             seat.replica for seat in seats if seat.replica.model == event.model and event.index in (None, seat.replica.index)
         ]
+        self.resting.pop(event.model, None)
         placement = Placement(tuple(seat for seat in seats if seat.replica not in leaving))
         reasons = dict.fromkeys(leaving, "the operator wants it unloaded")
         for action in self._want(Decision(placement=placement, reasons=reasons), now):

@@ -50,6 +50,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """How many other tokens to report beside each, with log-probabilities; `None` reports none."""
     slo: Slo = Slo()
     priority: int = 0
+    keep_alive_s: float | None = None
     form_field: str | None = None
     """The client's field that asks for a form, if one does: an engine that cannot keep to the form blames it."""
 
@@ -156,6 +157,7 @@ class Answer:
             arrived_s=self.arrived_s,
             slo=self.terms.slo,
             priority=self.terms.priority,
+            keep_alive_s=self.terms.keep_alive_s,
             emitted_tokens=len(self.emitted),
             tries=self.tries,
             losses=self.losses,

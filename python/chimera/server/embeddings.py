@@ -18,7 +18,7 @@ from chimera.server import intake
 from chimera.server.answer import Answer, Terms
 from chimera.server.errors import error_event
 from chimera.server.readers import Dialect
-from chimera.server.words import Positive, Priority
+from chimera.server.words import KeepAlive, Positive, Priority
 
 _json = msgspec.json.Encoder().encode
 
@@ -30,6 +30,8 @@ class EmbeddingRequest(msgspec.Struct, frozen=True, kw_only=True):
     dimensions: Positive | None = None
     priority: Priority | None = None
     """In the place of the model's; higher goes first."""
+    keep_alive: KeepAlive | None = None
+    """In the place of the model's."""
 
     def check(self) -> None:
         if self.dimensions is not None:
@@ -54,6 +56,7 @@ class EncodeRequest(msgspec.Struct, frozen=True, kw_only=True):
     input_ids: list[int] | None = None
     rid: str | None = None
     priority: Priority | None = None
+    keep_alive: KeepAlive | None = None
 
     def check(self) -> None:
         if (self.text is None) == (self.input_ids is None):
@@ -168,7 +171,13 @@ def terms(spec: ModelSpec, request: EmbeddingRequest | EncodeRequest, prompts: S
             told = f"{spec.name} has a context of {spec.context_length} tokens; the prompt has {len(prompt)}"
             raise RequestError("context_length_exceeded", told, param=field)
     priority = spec.priority if request.priority is None else request.priority
-    one = Terms(sampling=Sampling(max_new_tokens=1, temperature=0.0), slo=spec.slo, priority=priority, embeds=True)
+    one = Terms(
+        sampling=Sampling(max_new_tokens=1, temperature=0.0),
+        slo=spec.slo,
+        priority=priority,
+        keep_alive_s=intake.keep_alive_s(request.keep_alive),
+        embeds=True,
+    )
     return [one] * len(prompts)
 
 

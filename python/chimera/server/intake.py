@@ -19,6 +19,7 @@ from chimera.parsing.tools import Hearing, Tool, Toolbox
 from chimera.server.answer import Terms
 from chimera.server.readers import Dialect
 from chimera.server.words import SloWish
+from chimera.units import parse_stay
 
 _MAX_STOPS = 16
 _MAX_STOP_LENGTH = 256
@@ -39,6 +40,8 @@ class CompletionWish(Protocol):
     def slo(self) -> SloWish | float | None: ...
     @property
     def priority(self) -> int | None: ...
+    @property
+    def keep_alive(self) -> float | str | None: ...
     @property
     def choices(self) -> int:
         """How many answers to each prompt."""
@@ -136,6 +139,7 @@ def terms(
         told = f"{len(prompts)} prompts with {wish.choices} answers each; at most {MOST_ANSWERS} answers to a request"
         raise RequestError("bad_request", f"n: {told}", param="n")
     slo, priority = _slo(spec.slo, wish.slo), spec.priority if wish.priority is None else wish.priority
+    stay_s = keep_alive_s(wish.keep_alive)
     field, grammar = (None, None) if form is None else form
     found = []
     for prompt in prompts:
@@ -146,8 +150,27 @@ def terms(
         for number in range(wish.choices):
             if number and sampling.seed is not None:
                 sampling = msgspec.structs.replace(sampling, seed=(sampling.seed + 1) % 2**63)
-            found.append(Terms(sampling=sampling, alternatives=wish.alternatives, slo=slo, priority=priority, form_field=field))
+            found.append(
+                Terms(
+                    sampling=sampling,
+                    alternatives=wish.alternatives,
+                    slo=slo,
+                    priority=priority,
+                    keep_alive_s=stay_s,
+                    form_field=field,
+                )
+            )
     return found
+
+
+def keep_alive_s(written: float | str | None) -> float | None:
+    """Below zero for ever; `None` says nothing of it."""
+    if not isinstance(written, str):
+        return written
+    try:
+        return parse_stay(written)
+    except ValueError as fault:
+        raise RequestError("bad_request", f"keep_alive: {fault}", param="keep_alive") from None
 
 
 def _slo(promised: Slo, wish: SloWish | float | None) -> Slo:

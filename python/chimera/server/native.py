@@ -17,7 +17,7 @@ from chimera.server import intake
 from chimera.server.answer import Answer
 from chimera.server.errors import error_event
 from chimera.server.readers import Dialect
-from chimera.server.words import Alternatives, Choices, Count, Picking, Positive, Priority, Seconds, Seed, SloWish
+from chimera.server.words import Alternatives, Choices, Count, KeepAlive, Picking, Positive, Priority, Seconds, Seed, SloWish
 
 _json = msgspec.json.Encoder().encode
 _DONE = b"data: [DONE]\n\n"
@@ -61,6 +61,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     return_text_in_logprobs: bool = False
     slo: SloWish | Seconds | None = None
     priority: Priority | None = None
+    keep_alive: KeepAlive | None = None
     # Known, and not served.
     logprob_start_len: Any = None
     lora_path: Any = None

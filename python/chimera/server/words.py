@@ -26,6 +26,10 @@ Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=86_400_000)]
 
 
+KeepAlive = Annotated[float, msgspec.Meta(ge=-(10**9), le=10**9)] | Annotated[str, msgspec.Meta(min_length=1, max_length=32)]
+"""How long the model stays after the request, in Ollama's forms: seconds, or `5m`; 0 not at all, below zero for ever."""
+
+
 class SloWish(msgspec.Struct, frozen=True, kw_only=True):
     """As a placement file promises it to a model's users."""
 
@@ -92,6 +96,8 @@ class OurWords(Picking, frozen=True, kw_only=True):
     """In the place of the model's. A number is the seconds to the first token, as Prism's clients send it."""
     priority: Priority | None = None
     """In the place of the model's; higher goes first."""
+    keep_alive: KeepAlive | None = None
+    """In the place of the model's."""
 
     @property
     def stops(self) -> str | list[str] | None:
