@@ -99,7 +99,7 @@ class Crowd:
                 self.wanted.append(level)
             case stream.Flushed():
                 self.flushed.append(message)
-            case events.RequestFinished() | stream.Heartbeat():
+            case events.RequestFinished() | events.StepsTimed() | stream.Heartbeat():
                 pass
             case _:
                 raise AssertionError(f"an agent does not expect {message}")

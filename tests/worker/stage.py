@@ -71,7 +71,9 @@ class Inbox:
                 message = self._ready.pop(0)
                 if isinstance(message, kind):
                     return message
-                assert isinstance(message, (stream.Heartbeat, *past)), f"expected {kind.__name__}, got {message}"
+                assert isinstance(message, (stream.Heartbeat, events.StepsTimed, *past)), (
+                    f"expected {kind.__name__}, got {message}"
+                )
             left = deadline - time.monotonic()
             assert left > 0, f"no {kind.__name__} within {patience_s} s"
             self._ready = self.take(left)

@@ -45,6 +45,18 @@ def test_a_worker_becomes_one_model_after_another(stage: Stage, worker: Hired) -
         assert worker.inbox.next(events.ReplicaStopped).reason == "a test is done"
 
 
+def test_its_steps_are_timed_for_whoever_plans(stage: Stage, worker: Hired) -> None:
+    epoch, _ = worker.become(model("a", engine_args={"step_s": 0.02}))
+    worker.submit("timed", epoch, payload([1, 2, 3], 150))
+    seen = [worker.inbox.next(events.StepsTimed) for _ in range(2)]
+    stage.finished("timed")
+    assert (seen[0].replica, seen[0].epoch) == (ReplicaId("a"), epoch)
+    assert (sum(told.prompts for told in seen), sum(told.prompt_tokens for told in seen)) == (1, 3)
+    steps = seen[1].decode_steps
+    assert steps >= 5 and seen[1].decode_tokens == steps and seen[1].context_tokens > 3 * steps
+    assert seen[1].decode_s / steps >= 0.02
+
+
 KEPT = {"kept_bytes": 300 << 20}
 PAGE_BYTES = 2 << 20
 LEASE = actions.FirstLease(page_bytes=PAGE_BYTES, revision=1, level=8, ceiling=8)

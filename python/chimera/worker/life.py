@@ -22,6 +22,7 @@ from chimera.msg.stream import Payload, TokenDelta
 from chimera.wire.codec import Message
 from chimera.worker.keeping import Keeping
 from chimera.worker.lease import LeaseDesk
+from chimera.worker.stopwatch import Stopwatch
 from chimera.worker.ties import Ties
 
 HEARTBEAT_S = 0.25
@@ -33,11 +34,12 @@ _payload_decoder = msgspec.msgpack.Decoder(Payload)
 class _Open:
     """A request the engine has."""
 
-    __slots__ = ("cached_tokens", "front", "output_tokens", "request")
+    __slots__ = ("cached_tokens", "front", "output_tokens", "prompt_tokens", "request")
 
-    def __init__(self, front: str, request: Request | None = None) -> None:
+    def __init__(self, front: str, request: Request | None = None, prompt_tokens: int = 0) -> None:
         self.front = front
         self.request = request
+        self.prompt_tokens = prompt_tokens
         self.output_tokens = 0
         self.cached_tokens = 0
 
@@ -69,6 +71,7 @@ class Life:
         self._leave_by_s: float | None = None
         self._told = Stats()
         self._told_s = 0.0
+        self._watch = Stopwatch(replica, epoch)
 
     # The engine's side.
 
@@ -80,12 +83,14 @@ class Life:
             patience_s = self._patience_s(wait_s)
             self._heartbeat(falling_idle=patience_s is None)
             self._report_lease(falling_idle=patience_s is None)
+            if wait_s is None or self._is_paused():
+                self._watch.hold()
             self._kept += [order for message in self._ties.receive(patience_s) if (order := self._order(message)) is not None]
             paused = self._is_paused()
             orders = self._due_orders(paused)
-            if orders or (wait_s is not None and not paused and self._leave_by_s is None):
-                return orders
-            if self._open and not paused:  # draining: the engine still has steps to take
+            # One that drains has steps to take for as long as it has requests.
+            if orders or (not paused and (self._open if self._leave_by_s is not None else wait_s is not None)):
+                self._watch.let_go(time.monotonic())
                 return orders
 
     def _is_paused(self) -> bool:
@@ -102,6 +107,7 @@ class Life:
 
     def deliver(self, deltas: list[TokenDelta]) -> None:
         by_front: dict[str, list[TokenDelta]] = {}
+        self._time(deltas)
         for delta in deltas:
             request = self._open.get(delta.request_id)
             if request is None:
@@ -116,6 +122,13 @@ class Life:
         for delta in deltas:
             if delta.outcome is not None:
                 self._finish(delta.request_id, delta.outcome)
+
+    def _time(self, deltas: list[TokenDelta]) -> None:
+        stepped = [request for delta in deltas if (request := self._open.get(delta.request_id)) is not None]
+        fresh = [request.prompt_tokens for request in stepped if not request.output_tokens]
+        read = sum(request.prompt_tokens + request.output_tokens for request in stepped if request.output_tokens)
+        tokens, prompt_tokens = len(stepped) - len(fresh), sum(fresh)
+        self._watch.step(time.monotonic(), tokens=tokens, context_tokens=read, prompts=len(fresh), prompt_tokens=prompt_tokens)
 
     def fail(self, request_id: str, code: str, message: str) -> None:
         request = self._open.get(request_id)
@@ -195,7 +208,7 @@ class Life:
             self._open[message.request_id] = _Open(message.front, message.request)
             self.fail(message.request_id, "bad_request", f"the request's payload cannot be read: {fault}")
             return None
-        self._open[message.request_id] = _Open(message.front, message.request)
+        self._open[message.request_id] = _Open(message.front, message.request, len(payload.input_ids))
         return Submission(message.request_id, payload)
 
     def _finish(self, request_id: str, outcome: Outcome) -> None:
@@ -240,6 +253,8 @@ class Life:
         now = time.monotonic()
         if not falling_idle and now - self._told_s < HEARTBEAT_S:
             return
+        if (seen := self._watch.told(now)) is not None:
+            self._ties.tell_agent(seen)
         stats = self._engine.stats()
         self._told_s = now
         if stats == self._told:
