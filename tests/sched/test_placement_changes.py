@@ -5,10 +5,10 @@ from __future__ import annotations
 from chimera.core.placement import Seat
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.msg.actions import Activate, Deactivate, Reject, Resize
-from chimera.msg.events import ActivationFailed, ModelRemoved, PlacementChanged, ReplicaStopped, ResizeWanted
+from chimera.msg.events import ActivationFailed, AgentLost, ModelRemoved, PlacementChanged, ReplicaStopped, ResizeWanted
 from msgspec.structs import replace
 
-from tests.sched.builders import arrived, model, of, only, placement, ready, seat, words
+from tests.sched.builders import arrived, joined, model, of, only, placement, ready, seat, words
 from tests.sched.test_orders import System
 
 E1, E2, E3 = Epoch(100, 1), Epoch(100, 2), Epoch(100, 3)
@@ -112,7 +112,7 @@ def test_a_lower_limit_is_told_to_the_engine_that_serves() -> None:
 
 def test_more_than_it_came_up_with_takes_a_new_life() -> None:
     system = System(placement(limited("a", 1 << 20)), "a")
-    assert only(Resize, system.on(ready("a", E1))).kv_limit_bytes == 1 << 20
+    assert system.on(ready("a", E1)) == []
     assert words(system.on(resize("a", 1 << 21))) == ["Deactivate a/0"]
     assert only(Activate, system.on(stopped("a", E1))).seat.kv_limit_bytes == 1 << 21
 
@@ -121,6 +121,15 @@ def test_pools_of_fixed_size_take_a_new_life_for_any_other() -> None:
     system = System(placement(limited("a", 1 << 20)), "a", elastic=False)
     system.on(ready("a", E1))
     assert words(system.on(resize("a", 1 << 19))) == ["Deactivate a/0"]
+
+
+def test_an_agent_that_comes_back_is_told_the_limit_again() -> None:
+    system = System(placement(limited("a", 1 << 30)), "a", gpus=(0,))
+    system.on(ready("a", E1))
+    assert len(system.on(resize("a", 1 << 20))) == 1
+    system.on(AgentLost(agent="local", reason="killed"))
+    system.on(joined(start=200, gpus=(0,), earlier=(100,)))
+    assert only(Resize, system.on(ready("a", E1))).kv_limit_bytes == 1 << 20
 
 
 def test_one_copy_may_have_a_limit_of_its_own_and_one_that_comes_up_hears_of_it_when_it_serves() -> None:

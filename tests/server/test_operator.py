@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -241,3 +242,65 @@ async def test_caches_are_flushed_once_every_replica_has_said_so(bench: Bench) -
     await bench.ask("POST", "/models/load", {"model": "b"})
     assert await bench.ask("POST", "/flush_cache") == (200, {"flushed": ["a/0", "b/0"]})
     assert await bench.ask("GET", "/flush_cache") == (200, {"flushed": ["a/0", "b/0"]})
+
+
+async def test_a_stream_may_say_how_far_the_loading_of_its_model_is(bench: Bench) -> None:
+    orders: list[Message] = []
+    bench.agent.channel.deliver_to(orders.append)  # it obeys, and takes its time
+    loading = asyncio.create_task(bench.ask("POST", "/models/load", {"model": "b"}))
+    await until(lambda: any(isinstance(order, Activate) for order in orders))
+    body = {"model": "b", "prompt": "x", "stream": True, "send_loading_state": True}
+
+    async with contextlib.AsyncExitStack() as streams:
+        waiting = []
+        for place in ("1", "2"):
+            response = await streams.enter_async_context(bench.client.post(bench.front.url + "/v1/completions", json=body))
+            assert response.status == 200 and response.headers["x-queue-position"] == place
+            assert float(response.headers["x-estimated-wait"]) >= 0
+            waiting.append(response)
+        first = [(await response.content.readline()).decode() for response in waiting]
+        assert first[0].startswith(": b has been loading for") and "; next; about" in first[0]
+        assert "; 1 before this request; about" in first[1]
+        failed = ActivationFailed(replica=ReplicaId("b"), epoch=Epoch(1, 9), reason="no such file", permanent=True)
+        bench.agent.channel.send(failed)
+        for response in waiting:
+            events = (await response.read()).decode().split("\n\n")
+            news = [event.strip() for event in events if event.strip() and not event.lstrip().startswith(":")]
+            assert len(news) == 1 and "no such file" in json.loads(news[0].removeprefix("data: "))["error"]["message"]
+    await loading
+
+
+async def test_without_that_wish_a_request_that_fails_before_its_first_token_has_its_status(bench: Bench) -> None:
+    bench.agent.fault = "no such file"
+    await bench.ask("POST", "/models/load", {"model": "b"})
+    body = {"model": "b", "prompt": "x", "stream": True}
+    assert (await bench.ask("POST", "/v1/completions", body))[0] == 503
+
+
+async def test_the_verbs_of_other_servers_do_what_ours_do(bench: Bench) -> None:
+    assert await bench.ask("GET", "/running") == (200, {"running": [{"model": "a", "state": "ready"}]})
+    assert (await bench.ask("GET", "/ready"))[0] == (await bench.ask("GET", "/liveness"))[0] == 200
+    assert await bench.ask("GET", "/is_sleeping?model=b") == (200, {"is_sleeping": True})
+    assert (await bench.ask("POST", "/wake_up?model=b"))[0] == 200
+    assert await bench.ask("GET", "/is_sleeping?model=b") == (200, {"is_sleeping": False})
+    [process, _] = (await bench.ask("GET", "/api/ps"))[1]["models"]
+    assert (process["name"], process["context_length"], process["details"]["family"]) == ("a", 512, "LlamaForCausalLM")
+    assert process["size"] == (1 << 20) + 4096 * (1 << 10), "weights and KV memory"
+    assert (await bench.ask("POST", "/sleep?model=a"))[0] == 200
+    index = [{"name": "a", "state": "UNAVAILABLE"}, {"name": "b", "state": "READY"}]
+    assert await bench.ask("POST", "/v2/repository/index") == (200, index)
+    assert (await bench.ask("POST", "/v2/repository/models/a/load"))[0] == 200
+    assert (await bench.ask("POST", "/v2/repository/models/b/unload"))[0] == 200
+    assert await bench.state() == {"a/0": "serving"}
+    assert (await bench.ask("GET", "/unload"))[0] == 200
+    assert await bench.state() == {}
+    assert (await bench.ask("GET", "/readiness"))[0] == 503
+    assert (await bench.ask("POST", "/sleep"))[0] == 404, "which of the two?"
+    assert (await bench.ask("GET", "/model_info?model=a"))[1]["is_generation"] is True
+    assert (await bench.ask("GET", "/server_info"))[1]["models"] == ["a", "b"]
+
+
+async def test_a_picture_in_another_sites_page_gives_no_order(bench: Bench) -> None:
+    async with bench.client.get(bench.front.url + "/unload", headers={"Sec-Fetch-Site": "cross-site"}) as response:
+        assert response.status == 403
+    assert await bench.state() == {"a/0": "serving"}

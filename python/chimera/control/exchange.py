@@ -256,6 +256,11 @@ class Exchange:
                 self._witness.told(record)
             case stream.TallyTold(tally=tally) if self._witness is not None:
                 self._witness.tallied(name, tally)
+            case stream.StandingWanted(request_id=request_id):
+                standing = self.scheduler.standing(request_id, time.monotonic())
+                if standing is not None:
+                    position, wait_s, why = standing
+                    channel.send(stream.StandingTold(request_id=request_id, position=position, wait_s=wait_s, why=why))
             case stream.MeasuresWanted():
                 channel.send(self._measures())
             case stream.SnapshotWanted():

@@ -232,6 +232,22 @@ class ReplicaNews(Stream, frozen=True, kw_only=True):
     """It has stopped because it could not be brought up, or was lost."""
 
 
+class StandingWanted(Stream, frozen=True, kw_only=True):
+    """How far a request has come that nobody has begun to answer; from its front-end to control."""
+
+    request_id: str
+
+
+class StandingTold(Stream, frozen=True, kw_only=True):
+    """It waits for its model: behind so many others, for about so long, and why."""
+
+    request_id: str
+    position: int
+    """One is next."""
+    wait_s: float
+    why: str
+
+
 class ReloadWanted(Stream, frozen=True, kw_only=True):
     """Read the placement file again: from a front-end, through control, to whoever has started the server."""
 

@@ -220,6 +220,10 @@ class ControlScheduler:
         """Whether the request waits here, its payload with the loop."""
         return self._dispatcher.holds(request_id)
 
+    def standing(self, request_id: str, now: float) -> tuple[int, float, str] | None:
+        """Of a request that waits here: its place in the queue, the seconds until its turn, and what it waits for."""
+        return self._dispatcher.standing(request_id, now)
+
     def requests_of(self, front: str) -> list[str]:
         """The open requests of a front-end."""
         return self._dispatcher.requests_of(front)

@@ -77,6 +77,24 @@ class Dispatcher:
         """How many are held, of each model that somebody waits for."""
         return {model: len(queue) for model, queue in self._queues.items() if len(queue)}
 
+    def standing(self, request_id: str, now: float) -> tuple[int, float, str] | None:
+        """Of one that is held: its place in the queue, how long until its turn as far as can be told, and what it waits for."""
+        held = self._held.get(request_id)
+        if held is None:
+            return None
+        model = held.request.model
+        ahead = sum(other.arrived_s < held.request.arrived_s for other in self._queues[model])
+        wait_s = self._start_s(model, now) + ahead * self._pace(model).mean_s
+        return ahead + 1, wait_s, self._why_it_waits(model, now)
+
+    def _why_it_waits(self, model: str, now: float) -> str:
+        states = {place.state: place for place in self._fleet.places_of(model)}
+        if (place := states.get(PlaceState.LOADING)) is not None:
+            return f"{model} has been loading for {now - place.since_s:.1f} s"
+        if PlaceState.LEAVING in states:
+            return f"{model} leaves where it was, to come back"
+        return f"{model} waits for a place"
+
     def demand_views(self, now: float) -> dict[str, Demand]:
         return {
             model: counter.view(

@@ -50,7 +50,8 @@ class Lives:
         place.agent = agent
         fleet.note_due(place)
         fleet.stirred = True
-        if place.seat.kv_limit_bytes is not None:  # it may be another than it came up with, in an earlier agent's time
+        limit, goes_on = place.seat.kv_limit_bytes, event.epoch.agent_start != fleet.agents[agent].start
+        if limit != place.most_kv_bytes or (goes_on and limit is not None):  # an agent knows what it came up with, no more
             yield from self._limit(place, "so much KV memory is wanted for it")
         yield from self._dispatcher.route_held(event.replica.model, now)
 

@@ -15,7 +15,7 @@ from chimera.core.model import Slo
 from chimera.core.request import Request
 from chimera.errors import RequestError
 from chimera.msg.events import Outcome
-from chimera.msg.stream import Enqueue, Payload, Sampling, TokenDelta, TokenLogprobs
+from chimera.msg.stream import Enqueue, Payload, Sampling, StandingTold, TokenDelta, TokenLogprobs
 from chimera.parsing.detokenizer import Detokenizer
 from chimera.parsing.stops import StopStrings
 
@@ -31,6 +31,9 @@ class Reader(Protocol):
         """The last text, which may be empty. The answer knows how it ended."""
 
     def fail(self, error: RequestError) -> None: ...
+
+    def waiting(self, told: StandingTold) -> None:
+        """Nobody has begun with it; asked for by those that can show it."""
 
 
 class Finish(msgspec.Struct, frozen=True):
@@ -187,6 +190,9 @@ class Answer:
         if text:
             self._reader.text(text, self)
         return False
+
+    def show_standing(self, told: StandingTold) -> None:
+        self._reader.waiting(told)
 
     def take_last(self, delta: TokenDelta, outcome: Outcome) -> None:
         """The tokens of the last step. The one that stopped the answer is counted, and not shown."""

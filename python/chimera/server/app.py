@@ -19,7 +19,7 @@ from chimera.core.model import ModelSpec
 from chimera.core.replica import ReplicaState
 from chimera.core.snapshot import Snapshot
 from chimera.errors import RequestError
-from chimera.msg.stream import Grammar, Sampling
+from chimera.msg.stream import Grammar, Sampling, StandingWanted
 from chimera.parsing.tokenizer import ModelTokenizer
 from chimera.server import embeddings, intake, openapi
 from chimera.server.account import Account, Caller, client_id
@@ -39,6 +39,7 @@ from chimera.server.intake import CompletionWish
 from chimera.server.native import Generated, GenerateRequest
 from chimera.server.observatory import Observatory
 from chimera.server.operator import Operator
+from chimera.server.peers import Peers
 from chimera.server.readers import EventStream, FirstToken, WholeBody
 from chimera.server.relay import Relay
 from chimera.server.responses import ResponsesRequest
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from chimera.parsing.sglang_parsers import SglangHearing
 
 _PROBE_WITHIN_S = 20.0
+_STANDING_EVERY_S = 0.25
 _ASIDE_BYTES = 4096
 """Bodies longer than this are tokenised in a thread; shorter ones cost less than the way there and back."""
 
@@ -99,6 +101,7 @@ class App:
         self._desk = desk
         self._relay = relay
         self._operator = Operator(catalogue, relay)
+        self._peers = Peers(catalogue, relay, self._operator)
         self._observatory = Observatory(catalogue, relay, records)
         self.dashboard = Dashboard(relay)
         self._document = b""
@@ -231,7 +234,7 @@ class App:
                 gives=dict[str, Any],
             ),
         ]
-        return mine + self._operator.routes() + self._observatory.routes() + self.dashboard.routes()
+        return mine + self._operator.routes() + self._peers.routes() + self._observatory.routes() + self.dashboard.routes()
 
     def build(self) -> web.Application:
         app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_in_one_shape, self._gate.middleware])
@@ -279,7 +282,20 @@ class App:
             for index, one in enumerate(terms)
         ]
         response = reader.respond(http, {"x-request-id": client_id(http) or request_id})
-        return await self._answered(http, guest, tokenizer, prompts, answers, response)
+        answered = self._answered(http, guest, tokenizer, prompts, answers, response)
+        if not (wish.stream and wish.send_loading_state):
+            return await answered
+        asking = asyncio.create_task(self._ask_for_standing(answers[0]))
+        try:
+            return await answered
+        finally:
+            asking.cancel()
+
+    async def _ask_for_standing(self, answer: Answer) -> None:
+        """Until an engine has begun with it; what control says is shown as it comes."""
+        while answer.source is None:
+            await asyncio.sleep(_STANDING_EVERY_S)
+            self._relay.tell(StandingWanted(request_id=answer.attempt_id))
 
     def _embedding(self, kind: type[EmbeddingRequest | EncodeRequest]) -> Handler:
         return partial(self._embed, msgspec.json.Decoder(kind))

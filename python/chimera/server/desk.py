@@ -17,7 +17,7 @@ from chimera.core.measures import GAP_S, Steps
 from chimera.errors import RequestError
 from chimera.msg.actions import Reject, Requeue
 from chimera.msg.events import Outcome
-from chimera.msg.stream import Cancel, Failed, TokenDelta, Tokens
+from chimera.msg.stream import Cancel, Failed, StandingTold, TokenDelta, Tokens
 from chimera.server.answer import Answer
 from chimera.wire.codec import Message
 
@@ -118,6 +118,11 @@ class Desk:
         else:
             wait_s, position = message.retry_after_s, message.queue_position
             self._fail(answer, RequestError(message.code, message.reason, retry_after_s=wait_s, queue_position=position))
+
+    def on_standing(self, told: StandingTold) -> None:
+        answer = self._open.get(told.request_id)
+        if answer is not None and answer.source is None:
+            answer.show_standing(told)
 
     # Workers.
 

@@ -112,6 +112,9 @@ class Gate:
         admin = any(route.is_at(http.method, http.path) for route in self._guarded)
         if admin and origin is not None and not self._knows(origin) and not _same_site(origin, http.host):
             raise RequestError("permission_denied", "pages of other sites may not give orders here")
+        if admin and origin is None and http.headers.get("Sec-Fetch-Site") in ("cross-site", "same-site"):
+            # A picture in such a page is fetched without an origin, but browsers say this much.
+            raise RequestError("permission_denied", "pages of other sites may not give orders here")
         if not self._guests or any(route.is_at(http.method, http.path) for route in self._open):
             return ANYONE
         guest = self._guest(_key_in(http))

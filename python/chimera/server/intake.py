@@ -43,6 +43,8 @@ class CompletionWish(Protocol):
     @property
     def keep_alive(self) -> float | str | None: ...
     @property
+    def send_loading_state(self) -> bool | None: ...
+    @property
     def choices(self) -> int:
         """How many answers to each prompt."""
 

@@ -62,6 +62,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     slo: SloWish | Seconds | None = None
     priority: Priority | None = None
     keep_alive: KeepAlive | None = None
+    send_loading_state: bool | None = None
     # Known, and not served.
     logprob_start_len: Any = None
     lora_path: Any = None

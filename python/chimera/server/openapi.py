@@ -45,7 +45,7 @@ def document(routes: Iterable[Route]) -> dict[str, Any]:
 
 
 def _operation(route: Route, schema_of: dict[int, Any]) -> dict[str, Any]:
-    told: dict[str, Any] = {"summary": route.what, "operationId": _name(route)}
+    told: dict[str, Any] = {"summary": route.what, "operationId": _name(route), "tags": [_whose(route)]}
     places = re.findall(r"{(\w+)}", route.path)
     if places:
         told["parameters"] = [
@@ -61,6 +61,11 @@ def _operation(route: Route, schema_of: dict[int, Any]) -> dict[str, Any]:
         **{str(status): {"description": HTTPStatus(status).phrase, "content": failure} for status in fails},
     }
     return told
+
+
+def _whose(route: Route) -> str:
+    """Whose key it asks for, where there are keys."""
+    return "operator" if route.admin else "anyone" if route.open else "client"
 
 
 def _good(route: Route, schema_of: dict[int, Any]) -> dict[str, Any]:

@@ -193,8 +193,8 @@ class Operator:
 
     def routes(self) -> list[Route]:
         return [
-            self._order("/models/load", "Bring a model up", LoadOrder, self._load, ReplicaTold, slow=True),
-            self._order("/models/unload", "Let a model go", UnloadOrder, self._unload, Unloaded, slow=True),
+            self._order("/models/load", "Bring a model up", LoadOrder, self.load, ReplicaTold, slow=True),
+            self._order("/models/unload", "Let a model go", UnloadOrder, self.unload, Unloaded, slow=True),
             self._order("/models/pin", "Keep a model, or no longer", PinOrder, self._pin, Pinned),
             self._order("/activate", "Bring a model up, in Prism's words", Activation, self._activate, ReplicaTold, slow=True),
             self._order("/deactivate", "Let a model go, in Prism's words", Deactivation, self._deactivate, Unloaded, slow=True),
@@ -303,7 +303,7 @@ class Operator:
 
     # Our words.
 
-    async def _load(self, order: LoadOrder) -> web.Response:
+    async def load(self, order: LoadOrder) -> web.Response:
         replica = ReplicaId(self._catalogue.resolve(order.model).name, order.index)
         with self._relay.watch(uuid.uuid4().hex) as watch:
             view = next((view for view in await self._views() if view.replica == replica), None)
@@ -325,7 +325,7 @@ class Operator:
             raise RequestError("model_unavailable", f"{replica} did not come up: {news.reason}")
         return json_response(_state(replica, news.state, news.reason))
 
-    async def _unload(self, order: UnloadOrder) -> web.Response:
+    async def unload(self, order: UnloadOrder) -> web.Response:
         spec = self._catalogue.resolve(order.model)
         with self._relay.watch(uuid.uuid4().hex) as watch:
             up = {
@@ -422,7 +422,7 @@ class Operator:
 
     async def _activate(self, order: Activation) -> web.Response:
         gpu_ids = () if order.gpu_id is None else (order.gpu_id,) if isinstance(order.gpu_id, int) else tuple(order.gpu_id)
-        return await self._load(
+        return await self.load(
             LoadOrder(
                 model=order.model_name,
                 index=order.instance_idx,
@@ -433,7 +433,7 @@ class Operator:
 
     async def _deactivate(self, order: Deactivation) -> web.Response:
         drain_s = 0.0 if order.preempt else None
-        return await self._unload(UnloadOrder(model=order.model_name, index=order.instance_idx, drain_s=drain_s))
+        return await self.unload(UnloadOrder(model=order.model_name, index=order.instance_idx, drain_s=drain_s))
 
     async def _resize(self, order: Resizing) -> web.Response:
         model, limit = self._catalogue.resolve(order.model_name).name, round(order.memory_pool_size * _GIGABYTE)

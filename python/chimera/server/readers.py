@@ -13,6 +13,7 @@ from typing import Protocol
 from aiohttp import HttpVersion11, web
 
 from chimera.errors import RequestError
+from chimera.msg.stream import StandingTold
 from chimera.server.answer import Answer
 
 _MAX_UNREAD_BYTES = 4 << 20
@@ -42,13 +43,14 @@ class Dialect(Protocol):
 class EventStream:
     """Server-sent events. The headers wait for the first of them, so that a request that fails before has its status."""
 
-    __slots__ = ("_begun", "_chunked", "_closed", "_dialect", "_early", "_ended", "_expected", "_transport")
+    __slots__ = ("_begun", "_chunked", "_closed", "_dialect", "_early", "_ended", "_expected", "_standing", "_transport")
 
     def __init__(self, dialect: Dialect, expected: int = 1) -> None:
         loop = asyncio.get_running_loop()
         self._dialect = dialect
         self._expected = expected
         self._closed: list[Answer] = []
+        self._standing: dict[str, str] = {}
         self._transport: asyncio.WriteTransport | None = None
         self._chunked = False
         self._early = bytearray()
@@ -59,7 +61,7 @@ class EventStream:
     async def respond(self, http: web.Request, headers: Mapping[str, str]) -> web.StreamResponse:
         """The whole response, from the first text to the last."""
         await self._begun
-        response = web.StreamResponse(headers={**STREAM_HEADERS, **headers})
+        response = web.StreamResponse(headers={**STREAM_HEADERS, **headers, **self._standing})
         self._chunked = http.version >= HttpVersion11
         if self._chunked:
             response.enable_chunked_encoding()
@@ -69,6 +71,14 @@ class EventStream:
         await self._ended
         await response.write_eof()  # with chunks, the empty one that ends the body
         return response
+
+    def waiting(self, told: StandingTold) -> None:
+        """A comment, which no client takes for news; the headers go out with the first, and say it too."""
+        if not self._begun.done():
+            self._standing = {"x-queue-position": str(told.position), "x-estimated-wait": f"{told.wait_s:.3f}"}
+        if not self._ended.done():
+            place = "next" if told.position == 1 else f"{told.position - 1} before this request"
+            self._write(f": {told.why}; {place}; about {told.wait_s:.1f} s\n\n".encode())
 
     def text(self, text: str, answer: Answer) -> None:
         if not self._ended.done():  # else one answer has failed, and the connection may be another request's by now
@@ -129,6 +139,9 @@ class WholeBody:
             answers = sorted(self._closed, key=lambda one: one.index)
             self._body.set_result(self._dialect.whole(["".join(pieces) for pieces in self._pieces], answers))
 
+    def waiting(self, told: StandingTold) -> None:
+        """A body has no place for it."""
+
     def fail(self, error: RequestError) -> None:
         if not self._body.done():
             self._body.set_exception(error)
@@ -145,6 +158,9 @@ class FirstToken:
 
     def end(self, text: str, answer: Answer) -> None:
         _settle(self.came)
+
+    def waiting(self, told: StandingTold) -> None:
+        """Nobody is shown it."""
 
     def fail(self, error: RequestError) -> None:
         if not self.came.done():

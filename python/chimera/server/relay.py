@@ -33,6 +33,7 @@ from chimera.msg.stream import (
     SightWanted,
     SnapshotTaken,
     SnapshotWanted,
+    StandingTold,
 )
 from chimera.server.account import Account
 from chimera.server.catalogue import Catalogue
@@ -182,6 +183,8 @@ class Relay:
                 for watch in self._watches:
                     if isinstance(message, Reject) and watch.order == message.request_id:
                         watch.tell(message)
+            case StandingTold():
+                self._desk.on_standing(message)
             case Refiled(order=order) | Flushed(order=order):
                 for watch in self._watches:
                     if watch.order == order:

@@ -98,6 +98,9 @@ class OurWords(Picking, frozen=True, kw_only=True):
     """In the place of the model's; higher goes first."""
     keep_alive: KeepAlive | None = None
     """In the place of the model's."""
+    send_loading_state: bool | None = None
+    """With `stream`: while the model loads, comments in the stream say how far that is. The headers go out with the first
+    of them, so a failure after that is an event."""
 
     @property
     def stops(self) -> str | list[str] | None:

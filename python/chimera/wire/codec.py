@@ -74,6 +74,8 @@ Message = (
     | stream.LetGo
     | stream.LedgerTold
     | stream.ReplicaNews
+    | stream.StandingWanted
+    | stream.StandingTold
     | stream.ReloadWanted
     | stream.EntryFiled
     | stream.Refiled
