@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -267,7 +268,7 @@ class Rehearsal:
         ]
         gpu = Gpu(gpu_id=0, capacity_bytes=2 << 30)
         return Snapshot(
-            now_s=1.0,
+            now_s=time.monotonic(),
             policy="static",
             gpus=(gpu,),
             models=tuple(self.models),

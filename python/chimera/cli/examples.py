@@ -43,6 +43,9 @@ _OF = {
         chimera keys root --admin                             may load and unload models""",
     "memory": """
         chimera memory --watch""",
+    "top": """
+        chimera top
+        chimera top --once                                    one picture, also into a file""",
     "explain": """
         chimera explain                                       the last ten minutes
         chimera explain llama --since 1h

@@ -24,6 +24,7 @@ VERBS = {
     "reload": "have a running server read its placement file again",
     "keys": "make an API key",
     "status": "what a running server holds and does",
+    "top": "the same, live: GPUs, models and what is done with them",
     "memory": "who holds how much of each GPU",
     "explain": "why a request, a model or a moment went as it did",
     "policy": "who decides what runs where on a running server, or shall",

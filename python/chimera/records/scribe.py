@@ -254,7 +254,10 @@ class Scribe:
         self._note("away", now, reason=f"agent {event.agent}: {event.reason}")
 
     def _policy(self, event: events.PolicyChosen, now: float) -> None:
-        self._note("policy", now, code=event.policy, reason=f"an operator chose the policy {event.policy}")
+        policy = [] if event.policy is None else [f"the policy {event.policy}"]
+        local = [] if event.local is None else [f"requests by {event.local}"]
+        chosen = event.policy or event.local or ""
+        self._note("policy", now, code=chosen, reason=f"an operator chose {' and '.join(policy + local)}")
 
     def _registered(self, event: events.ModelRegistered, now: float) -> None:
         known, self._models[event.model.name] = self._models.get(event.model.name), event.model

@@ -1,6 +1,7 @@
 // What is known of the house: the newest sight, and the last five minutes of every GPU's memory. Draws nothing.
 
 export const WINDOW_S = 300;
+const PLAIN = { aliases: [], pin: false, embedding: false, ttft_slo_s: null, tpot_slo_s: null, weight_mib: 0, kv_bytes: 0 };
 export const STATES = { serving: "serving", loading: "loading", draining: "draining", stopped: "down" };
 
 export class House {
@@ -81,7 +82,7 @@ export class House {
         }
     }
     this.replaced = true;
-    this.cast = cast;
+    this.cast = { ...cast, models: cast.models.map((part) => ({ ...PLAIN, ...part })) };
   }
 
   #remember(news) {

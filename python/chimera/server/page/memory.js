@@ -65,6 +65,7 @@ class Map_ {
     this.cursor = null;
     this.canvas.addEventListener("pointermove", (event) => this.#look(this.#momentAt(event.offsetX)));
     this.canvas.addEventListener("pointerleave", () => this.#look(null));
+    this.canvas.addEventListener("focus", () => this.#name());
     this.canvas.addEventListener("focus", () => this.canvas.matches(":focus-visible") && this.#look(this.house.moments.at(-1)));
     this.canvas.addEventListener("blur", () => this.#look(null));
     this.canvas.addEventListener("keydown", (event) => this.#key(event));
@@ -145,9 +146,17 @@ class Map_ {
     if (shelf === undefined) return;
     const held = total(shelf);
     say(this.free, `${size(Math.max(0, this.device.mib - held))} free of ${size(this.device.mib)}`);
-    const pools = shelf.pools.map(([model, weights, kv]) => `${printable(this.house.name(model))} ${size(weights + kv)}`);
-    this.canvas.ariaLabel = `Memory of GPU ${this.device.gpu_id}: ${size(held)} held. ${pools.join(", ")}`;
+    if (this.label === undefined || document.activeElement === this.canvas) this.#name();
     if (this.pools !== null) this.#list(shelf);
+  }
+
+  /** For those who cannot see it; made anew when it is come to. */
+  #name() {
+    const shelf = this.house.moments.at(-1)?.shelves[this.place];
+    if (shelf === undefined) return;
+    const pools = shelf.pools.map(([model, weights, kv]) => `${printable(this.house.name(model))} ${size(weights + kv)}`);
+    this.label = `Memory of GPU ${this.device.gpu_id}: ${size(total(shelf))} held. ${pools.join(", ")}`;
+    this.canvas.ariaLabel = this.label;
   }
 
   #list(shelf) {

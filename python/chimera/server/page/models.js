@@ -94,23 +94,22 @@ class Row {
     const word = best === undefined ? "down" : best.quarantine !== null ? "quarantined" : STATES[best.state];
     this.isUp = word === "serving" || word === "loading";
     const copies = replicas.length > 1 ? ` ×${replicas.length}` : "";
-    say(this.state, word + copies);
-    if (this.state.dataset.is !== word) this.state.dataset.is = word;
+    if (say(this.state, word + copies)) this.state.dataset.is = word;
     say(this.why, printable(replicas.map((replica) => replica.why).find(Boolean) ?? ""));
     say(this.gpus, replicas.map((replica) => replica.gpus.join(",")).join(" "));
     const sum = (field) => replicas.reduce((total, replica) => total + replica[field], 0);
     say(this.running, blank(sum("running")));
     say(this.queue, blank(sum("queued") + pulse.waiting));
-    say(this.kept, this.promises ? share(pulse.kept, pulse.sent) : "–");
-    this.kept.classList.toggle("poor", this.promises && pulse.sent > 0 && pulse.kept / pulse.sent < 0.9);
+    if (say(this.kept, this.promises ? share(pulse.kept, pulse.sent) : "–"))
+      this.kept.classList.toggle("poor", this.promises && pulse.sent > 0 && pulse.kept / pulse.sent < 0.9);
     say(this.tokens, pulse.tokens ? rate(pulse.tokens) : "");
     const [kv, used] = [sum("kv"), sum("used")];
-    this.pool.style.setProperty("--part", kv ? used / kv : 0);
-    this.pool.hidden = kv === 0;
-    say(this.used, kv ? size((used * part.kv_bytes) / 2 ** 20) : "");
+    if (say(this.used, kv ? size((used * part.kv_bytes) / 2 ** 20) : "")) {
+      this.pool.style.setProperty("--part", kv ? (used / kv).toFixed(3) : 0);
+      this.pool.hidden = kv === 0;
+    }
     say(this.leased, kv ? ` of ${size((kv * part.kv_bytes) / 2 ** 20)}` : "");
-    say(this.up, this.isUp ? "Unload" : "Load");
-    this.up.ariaLabel = `${this.up.textContent} ${this.name}`;
+    if (say(this.up, this.isUp ? "Unload" : "Load")) this.up.ariaLabel = `${this.isUp ? "Unload" : "Load"} ${this.name}`;
   }
 }
 

@@ -14,9 +14,14 @@ export function h(tag, properties = {}, ...children) {
 
 export const $ = (id) => document.getElementById(id);
 
-/** Changes the page only where it differs. */
+const said = new WeakMap();
+
+/** Changes the page only where it differs, and does not ask the page what it says. */
 export function say(node, text) {
-  if (node.textContent !== text) node.textContent = text;
+  if (said.get(node) === text) return false;
+  said.set(node, text);
+  node.textContent = text;
+  return true;
 }
 
 /** A name on one line: what cannot be seen, or turns the writing round, is spelled out. */
@@ -37,8 +42,9 @@ export function seconds(s) {
   return s < 86400 ? `${(s / 3600).toFixed(1)} h` : `${(s / 86400).toFixed(1)} d`;
 }
 
-export const rate = (n) => (n === 0 ? "0" : n < 9.95 ? n.toFixed(1) : Math.round(n).toLocaleString("en"));
-export const count = (n) => n.toLocaleString("en");
+const grouped = new Intl.NumberFormat("en");
+export const count = (n) => (n < 1000 ? String(n) : grouped.format(n));
+export const rate = (n) => (n === 0 ? "0" : n < 9.95 ? n.toFixed(1) : count(Math.round(n)));
 export const many = (n, noun) => `${count(n)} ${noun}${n === 1 ? "" : "s"}`;
 
 export function share(part, whole) {
