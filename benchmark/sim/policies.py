@@ -1,9 +1,11 @@
 """Policies compared on the loads of cells.json: joint goodput of each, in every cell, by the mean of the seeds.
 
-    python -m benchmark.sim.policies [--seeds 5] [--only arena] [--policies a,b] [--no-rates] [--json FILE]
+    python -m benchmark.sim.policies [--seeds 5] [--only arena] [--policies a,b] [--no-rates] [--kept FILE] [--json FILE]
 
 Each global policy runs with the queue order it is known with; `static+goodput` and `space-sharing+goodput` have our order, so
-that what ours gains by order and what it gains by placement can be told apart. Every line is printed, losses included.
+that what ours gains by order and what it gains by placement can be told apart. Every line is printed, losses included. All of
+it takes an hour or two: with `--kept` each run is a line of a file and is not made again, so the set can be made in parts, by
+several processes; the file is good for one state of the code.
 """
 
 from __future__ import annotations
@@ -45,6 +47,7 @@ def main() -> int:
     options.add_argument("--only", default="", help="cells whose name contains this")
     options.add_argument("--policies", default=",".join(POLICIES))
     options.add_argument("--traces", type=Path, default=TRACES)
+    options.add_argument("--kept", type=Path, help="runs that were made before; new ones are added")
     options.add_argument("--no-rates", action="store_true", help="leave out the search for the rates at 99 %% TTFT")
     arguments = options.parse_args()
     if not arguments.traces.is_dir():
@@ -56,7 +59,8 @@ def main() -> int:
     figures = report.Figures(
         "policies on paper", seed=arguments.seed, facts={"costs": costs().machine, "seeds": str(arguments.seeds)}
     )
-    means = _table(figures, cells, policies, range(arguments.seed, arguments.seed + arguments.seeds), arguments.traces)
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    means = _table(figures, cells, policies, seeds, arguments.traces, _Kept(arguments.kept))
     if OURS in policies and len(policies) > 1:
         _verdict(figures, means, policies)
     if not arguments.no_rates:
@@ -64,8 +68,27 @@ def main() -> int:
     return figures.finish(arguments.json)
 
 
+class _Kept:
+    """Joint attainment by cell, policy and seed."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        lines = file.read_text().splitlines() if file is not None and file.exists() else []
+        self._known: dict[tuple[str, str, int], float] = {(r[0], r[1], r[2]): r[3] for r in map(json.loads, lines)}
+
+    def joint(self, cell: Cell, ready: Prepared, table: CostTable, policy: str, seed: int) -> float:
+        key = (cell.name, policy, seed)
+        if key not in self._known:
+            name, _, local = policy.partition("+")
+            self._known[key] = replay(cell, ready, table, name, local or None, seed).metrics.joint_attainment
+            if self._file is not None:
+                with self._file.open("a") as file:
+                    file.write(json.dumps([*key, self._known[key]]) + "\n")
+        return self._known[key]
+
+
 def _table(
-    figures: report.Figures, cells: list[Cell], policies: list[str], seeds: range, traces: Path
+    figures: report.Figures, cells: list[Cell], policies: list[str], seeds: range, traces: Path, kept: _Kept
 ) -> dict[str, dict[str, float]]:
     table = costs()
     means: dict[str, dict[str, float]] = {}
@@ -73,8 +96,7 @@ def _table(
         ready = prepared(cell, traces, table)
         means[cell.name] = {}
         for policy in policies:
-            name, _, local = policy.partition("+")
-            values = [replay(cell, ready, table, name, local or None, seed).metrics.joint_attainment for seed in seeds]
+            values = [kept.joint(cell, ready, table, policy, seed) for seed in seeds]
             means[cell.name][policy] = statistics.fmean(values)
             figures.add(
                 f"{cell.name} {policy}",

@@ -1,13 +1,15 @@
 """How fast the decisions and the simulator are: a day of ServeGen on paper, and what one decision takes.
 
 python -m benchmark.sim.speed [--json FILE]
+
+Seconds are those of the process on its core, so that what else runs on the machine counts as little as it can.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 
 import msgspec
 from chimera.config.paper_models import read_paper_models
@@ -63,7 +65,7 @@ def _local(local: str) -> list[float]:
     means = []
     now = 1.0
     for _ in range(DECISIONS // 100):
-        began = perf_counter()
+        began = process_time()
         for _ in range(100):
             now += 0.2
             if not running:
@@ -72,7 +74,7 @@ def _local(local: str) -> list[float]:
                 request_id=running.pop(0), replica=replica, epoch=epoch, outcome=Outcome.STOP, output_tokens=10
             )
             running += [action.request_id for action in gpu.on(ended, now) if hasattr(action, "request_id")]
-        means.append((perf_counter() - began) / 100 * 1e6)
+        means.append((process_time() - began) / 100 * 1e6)
     return means
 
 
@@ -103,9 +105,9 @@ class _Timed(msgspec.Struct, frozen=True):
         return self.inner.on_demand  # type: ignore[attr-defined,no-any-return]
 
     def decide(self, question: Question) -> Decision:
-        began = perf_counter()
+        began = process_time()
         decision = self.inner.decide(question)  # type: ignore[attr-defined]
-        self.spent.append(perf_counter() - began)
+        self.spent.append(process_time() - began)
         return decision  # type: ignore[no-any-return]
 
 
@@ -119,9 +121,9 @@ def _day(figures: report.Figures, traces: Path, policies: list[str]) -> None:
         timed = _Timed(POLICIES[policy], [])
         POLICIES[policy] = timed
         scenario = Scenario(models=models, gpus=gpus_of(8, table.gpu_bytes), costs=table, policy=policy)
-        began = perf_counter()
+        began = process_time()
         outcome = simulate(scenario, trace)
-        spent_s = perf_counter() - began
+        spent_s = process_time() - began
         POLICIES[policy] = timed.inner  # type: ignore[assignment]
         figures.add(f"a day of ServeGen, {len(trace.rows)} requests, 18/8, {policy}", spent_s, "s", at_most=60)
         figures.add(f"  joint attainment, {policy}", 100 * outcome.metrics.joint_attainment, "%")
