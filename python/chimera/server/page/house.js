@@ -114,5 +114,6 @@ function unrolled(stretches, moments) {
       }
     }
   }
+  for (const shelf of shelves) shelf.pools = shelf.pools.filter(([, weights, kv]) => weights + kv > 0);
   return shelves;
 }
