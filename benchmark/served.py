@@ -52,7 +52,7 @@ def _address(lines: Iterator[str], late: threading.Timer) -> str:
     said = []
     for line in lines:
         said.append(line)
-        if (found := re.search(r"ready in (\S+) s: (http://\S+)", line)) is not None:
+        if (found := re.search(r"ready in (\S+) s: (http://[^\s,]+)", line)) is not None:
             late.cancel()
             print(f"# server ready in {found[1]} s", flush=True)
             return found[2]

@@ -30,7 +30,10 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "control": ({"core", "msg", "wire", "sched", "records"}, {"msgspec", "uvloop"}),
     "records": ({"core", "msg"}, {"msgspec"}),
     "parsing": ({"core", "msg"}, {"msgspec", "jinja2", "tokenizers", "sglang", "transformers"}),
-    "server": ({"core", "msg", "wire", "parsing", "records"}, {"aiohttp", "msgspec", "prometheus_client", "uvloop"}),
+    "server": (
+        {"core", "msg", "wire", "parsing", "records"},
+        {"aiohttp", "msgspec", "opentelemetry", "prometheus_client", "uvloop"},
+    ),
     "trace": ({"core"}, {"msgspec"}),
     "bench": ({"core", "trace", "parsing"}, {"msgspec", "uvloop", "PIL"}),
     "sim": ({"core", "msg", "sched", "trace"}, {"msgspec"}),

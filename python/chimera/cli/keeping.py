@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from chimera.errors import ConfigError
@@ -12,6 +13,8 @@ from chimera.units import MIB, parse_bytes
 
 FILE = "records.sqlite"
 OFF = "off"
+_EXPORTER = "opentelemetry.exporter.otlp.proto.http"
+_INSTALL = "pip install 'chimera-serving[traces]'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +26,8 @@ class Keeping:
     limit_bytes: int = 256 * MIB
     days: float = 7.0
     prompts: bool = False
+    traces: bool = False
+    """A span of each request, for OpenTelemetry."""
 
     def words_for_control(self, folder: Path) -> list[str]:
         if not self.metrics:
@@ -35,9 +40,10 @@ class Keeping:
     def words_for_front(self, folder: Path) -> list[str]:
         if not self.metrics:
             return ["--no-metrics"]
+        traces = ["--traces"] if self.traces else []
         if not self.records:
-            return []
-        return ["--records", str(self.path or folder / FILE), *(["--record-prompts"] if self.prompts else [])]
+            return traces
+        return ["--records", str(self.path or folder / FILE), *(["--record-prompts"] if self.prompts else []), *traces]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +59,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--records-days", type=float, metavar="7", default=7.0, help="how long it is kept (default: %(default)s)"
     )
     parser.add_argument("--record-prompts", action="store_true", help="keep what is asked and answered there, too")
+    parser.add_argument(
+        "--traces",
+        action="store_true",
+        help="send a span of each request to where OTEL_EXPORTER_OTLP_ENDPOINT says (needs the extra `traces`)",
+    )
     parser.add_argument("--no-metrics", action="store_true", help="count nothing and keep no records")
 
 
@@ -76,9 +87,21 @@ def of(arguments: argparse.Namespace) -> Keeping:
         limit_bytes=limit_bytes,
         days=arguments.records_days,
         prompts=arguments.record_prompts,
+        traces=arguments.traces,
     )
+    if keeping.traces and not keeping.metrics:
+        raise ConfigError.single("--traces", "a span is made of what is counted: leave --no-metrics out")
+    if keeping.traces and not _has_exporter():
+        raise ConfigError.single("--traces", "OpenTelemetry's exporter is not installed", hint=_INSTALL)
     if keeping.metrics and keeping.records and path is not None:
         if not path.parent.is_dir():
             raise ConfigError.single("--records", f"there is no folder {path.parent}")
         store.open_to_write(path).close()
     return keeping
+
+
+def _has_exporter() -> bool:
+    try:
+        return find_spec(_EXPORTER) is not None
+    except ModuleNotFoundError:  # not even what it is a part of
+        return False

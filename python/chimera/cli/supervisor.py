@@ -151,7 +151,8 @@ class Supervisor:
             self._say(f"[{total - len(self._waiting_for)}/{total}] {replica.model} {what}")
 
     def _announce(self, port: int) -> None:
-        total, ready = len(self._service.wanted.seats), len(self._ready_models)
+        wanted = {seat.replica for seat in self._service.wanted.seats}
+        total, ready = len(wanted), len(wanted & self._ready_models)  # a policy may have brought up others as well
         if total and not ready:
             self._give_up("no model could be brought up")
             return

@@ -9,13 +9,15 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Coroutine
+import time
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from chimera.core.access import Access
+from chimera.core.record import RequestRecord
 from chimera.server.front import FrontEnd, listen
 from chimera.wire import process
 
@@ -54,6 +56,7 @@ async def _serve(arguments: argparse.Namespace, listener: socket.socket) -> None
         metrics=not arguments.no_metrics,
         records=arguments.records,
         record_texts=arguments.record_prompts,
+        spans=_spans() if arguments.traces else None,
     )
     await front.start()
     gc.collect()
@@ -70,6 +73,12 @@ async def _serve(arguments: argparse.Namespace, listener: socket.socket) -> None
 
 def _access(path: Path | None) -> Access:
     return Access() if path is None else msgspec.json.decode(path.read_bytes(), type=Access)
+
+
+def _spans() -> Callable[[RequestRecord], object]:
+    from chimera.server.spans import exported  # an extra, and slow to import
+
+    return exported(time.time() - time.monotonic()).tell
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
@@ -91,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--drain-s", type=float, default=30.0, help="how long open answers may go on after SIGTERM")
     parser.add_argument("--records", type=Path, help="the file that control keeps its records in")
     parser.add_argument("--record-prompts", action="store_true", help="have what is asked and answered kept there as well")
+    parser.add_argument("--traces", action="store_true", help="send a span of each request, as OpenTelemetry's variables say")
     parser.add_argument("--no-metrics", action="store_true", help="count nothing and tell nothing for the records")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser

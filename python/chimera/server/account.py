@@ -57,9 +57,13 @@ def _trace(http: web.Request) -> str:
 
 
 class Account:
-    def __init__(self, send: Callable[[Message], bool], *, texts: bool = False) -> None:
-        """`send` says whether control is there to be told. `texts`: prompts and answers are told too."""
+    def __init__(
+        self, send: Callable[[Message], bool], *, texts: bool = False, spans: Callable[[RequestRecord], object] | None = None
+    ) -> None:
+        """`send` says whether control is there to be told. `texts`: prompts and answers are told too. `spans` is told each
+        request as well, without them."""
         self.texts = texts
+        self._spans = spans
         self._send = send
         self._tally = Tally()
         self._changed = False
@@ -86,6 +90,8 @@ class Account:
     def close_book(self, answer: Answer, caller: Caller, tokenizer: ModelTokenizer) -> None:
         """The answer has ended, one way or another."""
         record = _record(answer, caller)
+        if self._spans is not None:
+            self._spans(record)
         if self.texts:
             record = msgspec.structs.replace(
                 record, prompt=_text(tokenizer, answer.prompt_ids), answer=_text(tokenizer, answer.emitted)

@@ -7,12 +7,14 @@ import contextlib
 import logging
 import socket
 import ssl
+from collections.abc import Callable
 from pathlib import Path
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from chimera.core.access import Access
+from chimera.core.record import RequestRecord
 from chimera.errors import RequestError
 from chimera.server.account import Account
 from chimera.server.app import App
@@ -74,12 +76,13 @@ class FrontEnd:
         metrics: bool = True,
         records: Path | None = None,
         record_texts: bool = False,
+        spans: Callable[[RequestRecord], object] | None = None,
     ) -> None:
         """Without `metrics` nothing is counted and nothing is told for the records."""
         access = access or Access()
         self._tls = _tls(access)
         self.catalogue = Catalogue()
-        self._account = Account(self._tell_control, texts=record_texts) if metrics else None
+        self._account = Account(self._tell_control, texts=record_texts, spans=spans) if metrics else None
         self.desk = Desk(name, patience or Patience(), None if self._account is None else self._account.steps)
         self._relay = Relay(run_dir, name, self.catalogue, self.desk, self._account)
         self._name = name
