@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-playwright_api = pytest.importorskip("playwright.async_api", reason="not shown: the package playwright is not installed")
-
 DEBIANS = Path("/usr/bin/chromium")
 PATIENCE_MS = 20_000
 Opens = Callable[..., Awaitable["Window"]]
@@ -51,7 +49,8 @@ class Window:
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def chromium() -> AsyncIterator[Any]:
-    async with playwright_api.async_playwright() as playwright:
+    api = pytest.importorskip("playwright.async_api", reason="not shown: the package playwright is not installed")
+    async with api.async_playwright() as playwright:
         own = Path(playwright.chromium.executable_path)
         found = next((path for path in (DEBIANS, own) if path.exists()), None)
         if found is None:

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from chimera.tiny.maker import make
 from chimera.tiny.shapes import MODELS
-from playwright.async_api import expect
 
 from tests.browser.conftest import PATIENCE_MS, Opens, Window
 from tests.serve.house import House, house, placement, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
+api = pytest.importorskip("playwright.async_api", reason="not shown: the package playwright is not installed")
+expect = api.expect
 expect.set_options(timeout=PATIENCE_MS)
 COSTS = {"load_s": 0.2, "step_s": 0.01}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,15 +11,16 @@ import pytest
 import pytest_asyncio
 from chimera.core.access import Access, ApiKey, hash_of
 from chimera.core.record import Alternative, Entry
-from playwright.async_api import expect
 
 from tests.browser.conftest import PATIENCE_MS, Opens
-from tests.control.test_lookout import large
+from tests.control.test_lookout import house, large
 from tests.server.conftest import Stage, set_up
 from tests.server.rehearsal import model, model_folder
 
 pytestmark = [pytest.mark.slow, pytest.mark.asyncio(loop_scope="session")]
 
+api = pytest.importorskip("playwright.async_api", reason="not shown: the package playwright is not installed")
+expect = api.expect
 expect.set_options(timeout=PATIENCE_MS)
 WILD = '<img src=x onerror="alert(1)">\x1b[2J\u202e"\'&amp;'
 KEYS = (ApiKey(name="root", hash=hash_of("sk-root"), admin=True), ApiKey(name="anna", hash=hash_of("sk-anna")))
@@ -91,6 +93,35 @@ async def test_everything_can_be_reached_with_a_keyboard_and_has_a_name(stage: S
     await window.page.locator("canvas").focus()
     await window.page.keyboard.press("ArrowLeft")
     await expect(window.page.locator("#reading")).to_contain_text("GPU 0")
+
+
+async def test_a_full_disk_is_said_loudly_until_it_is_over(stage: Stage, opens: Opens) -> None:
+    window = await opens(stage.url)
+    notice = window.page.get_by_role("alert")
+    await expect(notice).to_be_hidden()
+    stage.rehearsal.fault = "database or disk is full"
+    await expect(notice).to_have_text("Records are not kept: database or disk is full. Serving goes on.")
+    stage.rehearsal.fault = ""
+    await expect(notice).to_be_hidden()
+
+
+async def test_what_came_while_nobody_looked_is_drawn_as_well(stage: Stage, opens: Opens) -> None:
+    stage.rehearsal.snapshot = lambda: house(time.monotonic(), "m")  # type: ignore[method-assign]
+    window = await opens(stage.url)
+    asleep = """() => new Promise((resolve) => {
+      const wake = window.requestAnimationFrame;
+      window.requestAnimationFrame = (draw) => (setTimeout(() => {
+        window.requestAnimationFrame = wake; wake((at) => { draw(at); resolve(); });
+      }, 4500), 1);
+    })"""
+    await window.page.evaluate(asleep)
+    columns = """canvas => {
+      const {width, height} = canvas;
+      const {data} = canvas.getContext("2d").getImageData(0, height - 1, width, 1);
+      const drawn = Array.from({length: width}, (_, x) => data[4 * x + 3] > 0);
+      return drawn.slice(drawn.indexOf(true)).includes(false);
+    }"""
+    assert await window.page.locator("canvas").evaluate(columns) is False
 
 
 CONTRAST = """() => {

@@ -158,6 +158,8 @@ class Rehearsal:
         self.sights = 0
         """How often somebody asked for one."""
         self.news: list[tuple[int, Entry]] = []
+        self.fault = ""
+        """Why records cannot be kept."""
         self.worker = self.another_worker(run_dir)
         self.serving: list[ReplicaId] = [ReplicaId(models[0].name)]
         self.fronts: list[Channel] = []
@@ -250,7 +252,7 @@ class Rehearsal:
                 self.sights += 1
                 self.lookout.note(self.snapshot(), self.measures)
                 news = [(number, entry) for number, entry in self.news if number > after]
-                channel.send(stream.SightTaken(sight=self.lookout.sight(self.snapshot(), news, cast=cast)))
+                channel.send(stream.SightTaken(sight=self.lookout.sight(self.snapshot(), news, cast=cast, fault=self.fault)))
             case stream.PastWanted():
                 channel.send(stream.PastTaken(past=self.lookout.past(self.snapshot(), self.news)))
             case stream.Cancel(request_id=request_id):

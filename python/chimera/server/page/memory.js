@@ -102,16 +102,18 @@ class Map_ {
     return Math.round((at * this.canvas.width) / WINDOW_S);
   }
 
-  #push(moment) {
-    const by = this.#x(moment.at) - this.#x(this.drawn);
-    this.drawn = moment.at;
+  /** All that came since, which is more than one second where nobody looked. */
+  #push(newest) {
     const { width, height } = this.canvas;
+    const by = this.#x(newest.at) - this.#x(this.drawn);
+    const fresh = this.house.moments.filter((moment) => moment.at > this.drawn);
+    this.drawn = newest.at;
     const paper = this.#paper;
     paper.globalCompositeOperation = "copy";
     paper.drawImage(this.canvas, -by, 0);
     paper.globalCompositeOperation = "source-over";
     paper.clearRect(width - by, 0, by, height);
-    this.#column(moment);
+    for (const moment of fresh) this.#column(moment);
   }
 
   #column(moment) {
