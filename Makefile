@@ -6,15 +6,15 @@ READY   := .venv/.ready-$(MACHINE)
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Where pip finds a CPU build of torch, if not by itself: make TORCH_INDEX=URL ... (install.md says which)
 TORCH_INDEX ?=
-FILE    ?= model_configs/cpu_1_gpu_2_model.json
+FILE    ?= model_configs/cpu_1_gpu_2_model_trained.json
 MODELS  := .models
 
-.PHONY: serve test test-all bench test-sglang-matrix install help clean
+.PHONY: serve test test-all bench models test-sglang-matrix install help clean
 
 help:                ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-serve: $(READY) $(MODELS)/.made ## start the server on FILE (default: two tiny models, no GPU needed)
+serve: $(READY)      ## start the server on FILE (default: two small models that answer, no GPU needed)
 	@$(BIN)/chimera serve $(FILE)
 
 test: $(READY)       ## linter, types and quick tests
@@ -27,6 +27,8 @@ test-all: $(READY)   ## the slow tests too: real engines, killed processes
 
 bench: $(READY) $(MODELS)/.made ## four policies and two kinds of memory on real engines: a table and a report (10 minutes)
 	@$(BIN)/python benchmark/suite.py --out bench-results/suite --json bench-results/suite.json
+
+models: $(MODELS)/.made ## the random tiny models that the other model_configs/cpu_*.json name
 
 # The oldest, the pinned and the newest SGLang that `engine/sglang/versions.py` allows, over the same other packages.
 RELEASES := 0.5.16 0.5.20 0.5.23

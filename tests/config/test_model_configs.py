@@ -66,6 +66,7 @@ def test_a_file_for_gpus_is_sound_on_gpus_of_80_gb(name: str) -> None:
 def test_a_file_for_any_machine_loads_with_the_tiny_models(name: str, tmp_path: Path, make_model: Callable[..., Path]) -> None:
     for kind in ("llama", "qwen3", "gemma2", "mistral", "moe"):
         make_model(f".models/{kind}")
+    (tmp_path / "examples").symlink_to(FOLDER.parent / "examples")
     (tmp_path / "model_configs").mkdir()
     shutil.copy(FOLDER / name, tmp_path / "model_configs" / name)
     deployment = load_placement(tmp_path / "model_configs" / name, None, elastic="static" not in name)
