@@ -4,8 +4,10 @@
     python -m benchmark.gpu.activation --rehearse          the same steps on a CPU, with small shapes
 
 What one copy out of page-locked memory reaches is measured first; `floor` is a model's bytes at that speed. A first visit is
-an EMPTY process becoming the model, eager, until its first token; a return is the same process becoming it again. Images are
-built from SGLang's `dummy` weights, so nothing is downloaded and no file of weights is written.
+an EMPTY process becoming the model, eager, until its first token. Then it comes with CUDA graphs, which are captured once,
+and leaves: it is parked, its weights and its cache give their memory back, and a return is the same process binding it again,
+graphs and all. What a parked model keeps is told beside it. Images are built from SGLang's `dummy` weights, so nothing is
+downloaded and no file of weights is written.
 """
 
 from __future__ import annotations
@@ -18,9 +20,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from chimera.core.model import ModelSpec
 from chimera.core.shape import shape_of
+from chimera.engine.api import Parking
 from chimera.engine.preload import preload
 from chimera.units import GIB, MIB
 from chimera.weights.store import WeightStore
@@ -52,7 +56,9 @@ REHEARSED: dict[str, tuple[dict[str, Any], str | None]] = {
     "less small": (_shape(512, 1024, 4, 8, 2, 1024), None),
 }
 PROMPT = (5, 6, 7, 8, 9)
-ENGINE_ARGS = {"load_format": "dummy", "disable_cuda_graph": True, "sampling_backend": "pytorch"}
+EAGER = {"load_format": "dummy", "disable_cuda_graph": True, "sampling_backend": "pytorch"}
+WITH_GRAPHS = {"load_format": "dummy", "sampling_backend": "pytorch", "cuda_graph_max_bs_decode": 32}
+KV_BYTES = 64 * MIB
 VISITS = 5
 
 
@@ -91,7 +97,7 @@ def imaging_dummies(store: WeightStore) -> WarmEngine:
             return True
 
     bare: Any = make()
-    return ImagingDummies(bare, store)
+    return ImagingDummies(bare, store, Parking(models=1))
 
 
 def link_bytes_per_s(figures: Figures) -> float:
@@ -123,7 +129,7 @@ def spec_of(folder: Path, name: str, config: dict[str, Any], quantization: str |
         kv_bytes_per_token=shape.kv_bytes_per_token(),
         context_length=shape.context_length,
         quantization=quantization,
-        engine_args=ENGINE_ARGS,
+        engine_args=EAGER,
     )
 
 
@@ -133,18 +139,25 @@ def visit(figures: Figures, engine: WarmEngine, model: ModelSpec, link: float) -
     nbytes = engine.prepare(model, gpu_ids=(0,))
     figures.add(f"{name}: its image", nbytes / GIB, "GiB")
     figures.add(f"{name}: building it", time.monotonic() - began_s, "s")
-    first, *returns = [first_token_s(engine, model) for _ in range(1 + VISITS)]
+    first = first_token_s(engine, model)
+    with_graphs = msgspec.structs.replace(model, engine_args=WITH_GRAPHS)
+    figures.add(f"{name}: with graphs, until they are captured", first_token_s(engine, with_graphs), "s")
+    remains = engine.remains(0)
+    assert remains.models == (name,), f"{name} is not parked"
+    figures.add(f"{name}: parked, it keeps", remains.nbytes / MIB, "MiB")
+    returns = [first_token_s(engine, with_graphs) for _ in range(VISITS)]
     floor_s = nbytes / link if link else None
     if floor_s is not None:
         figures.add(f"{name}: floor", floor_s, "s")
     figures.add(f"{name}: first visit, eager", first, "s", at_most=None if floor_s is None else 1.3 * floor_s + 0.3)
-    figures.samples(f"{name}: return", returns, "s", at_most=None if floor_s is None else 1.15 * floor_s + 0.1)
+    engine.let_go(0, 0, "the next size needs the room")
+    figures.samples(f"{name}: return, graphs kept", returns, "s", at_most=None if floor_s is None else 1.15 * floor_s + 0.1)
 
 
 def first_token_s(engine: WarmEngine, model: ModelSpec) -> float:
     """From EMPTY to the first token, the check included."""
     began_s = time.monotonic()
-    engine.activate(model, gpu_ids=(0,), kv_bytes=64 * MIB)
+    engine.activate(model, gpu_ids=(0,), kv_bytes=KV_BYTES, ceiling_bytes=4 * KV_BYTES)
     engine.ask(PROMPT, tokens=1)
     took_s = time.monotonic() - began_s
     engine.deactivate()

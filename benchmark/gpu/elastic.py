@@ -115,7 +115,7 @@ def models(folder: Path, *, rehearse: bool) -> list[ModelSpec]:
                 weight_bytes=7 * GIB,
                 kv_bytes_per_token=SHAPE_TOKEN_BYTES,
                 context_length=16384,
-                engine_args={**arguments, "max_running_requests": 64, "cuda_graph_max_bs": 64},
+                engine_args={**arguments, "max_running_requests": 64, "cuda_graph_max_bs_decode": 64},
             )
         )
     return specs

@@ -3,7 +3,8 @@
     python benchmark/micro/activation.py
 
 Four architectures take turns in one worker, over real sockets, weights from shared images; each time is from the order to
-activate to the first token at the front-end. Private memory is read while the worker is EMPTY. Then, in this process, a
+activate to the first token at the front-end. Private memory is read while the worker is EMPTY. Then they take turns with
+elastic memory, so that each is parked when it leaves, and returns. Then, in this process, a
 model of 750 MiB beside a tiny one: how long until its tensors are bound, and its first token beside what that cannot be
 faster than, faulting the weights in once and one forward. The model files are made on the spot and read from memory.
 """
@@ -31,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script: the repository is not a package
 
 from chimera.core.model import ModelSpec
-from chimera.msg import events
+from chimera.msg import actions, events
 from chimera.tiny.maker import make
 from chimera.tiny.shapes import MODELS
 from chimera.weights.image import Image
@@ -47,6 +48,9 @@ ROOT = Path(__file__).parents[2]
 ARCHITECTURES = ("llama", "qwen3", "gemma2", "moe")
 PROMPT = [5, 6, 7, 8, 9]
 KV_BYTES = 8 << 20
+PAGE_BYTES = 2 << 20
+LEASE = actions.FirstLease(page_bytes=PAGE_BYTES, revision=1, level=KV_BYTES // PAGE_BYTES, ceiling=2 * KV_BYTES // PAGE_BYTES)
+LEASE_NEWS = (events.PagesReturned, events.PagesWanted)
 PATIENCE_S = 180.0
 LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "num_hidden_layers": 11}
 """Llama's shape with 750 MiB of float32."""
@@ -137,7 +141,7 @@ def first_token_of_server(port: int, server: subprocess.Popen[bytes]) -> None:
 def warm_worker(figures: Figures, folder: Path, images: Path, changes: int, dice: random.Random) -> list[float]:
     """Seconds of each change."""
     with tempfile.TemporaryDirectory(prefix="chimera-bench-") as sockets:
-        stage = Stage(Path(sockets), "sglang", "--images", str(images))
+        stage = Stage(Path(sockets), "sglang", "--images", str(images), "--parked-models", str(len(ARCHITECTURES)))
         try:
             return turns(figures, stage, folder, changes, dice)
         finally:
@@ -150,10 +154,8 @@ def turns(figures: Figures, stage: Stage, folder: Path, changes: int, dice: rand
     took_s, freed_s, private_mib, resident_mib = [], [], {}, {}
     for name in ARCHITECTURES:  # the first visit of each builds its image
         change(stage, worker, name, folder, first_answers)
-    previous = ""
-    for number in range(1, changes + 1):
-        previous = dice.choice([name for name in ARCHITECTURES if name != previous])
-        seconds, left_s = change(stage, worker, previous, folder, first_answers)
+    for number, name in enumerate(order_of(changes, dice), 1):
+        seconds, left_s = change(stage, worker, name, folder, first_answers)
         took_s.append(seconds)
         freed_s.append(left_s)
         private_mib[number], resident_mib[number] = memory_mib(worker.pid)
@@ -167,23 +169,62 @@ def turns(figures: Figures, stage: Stage, folder: Path, changes: int, dice: rand
         figures.add(f"private memory after {changes} changes", private_mib[changes], "MiB")
         figures.add(f"growth of private memory from 10 to {changes} changes", grown, "%", at_most=5)
         figures.add(f"resident memory after {changes} changes, shared with the parent mostly", resident_mib[changes], "MiB")
+    returns(figures, stage, worker, folder, changes, dice, first_answers)
     worker.channel.close()
     return took_s
 
 
-def change(stage: Stage, worker: Any, name: str, folder: Path, first_answers: dict[str, list[int]]) -> tuple[float, float]:
+def order_of(changes: int, dice: random.Random) -> list[str]:
+    """Never the same twice in a row."""
+    names: list[str] = []
+    while len(names) < changes:
+        names.append(dice.choice([name for name in ARCHITECTURES if name not in names[-1:]]))
+    return names
+
+
+def returns(
+    figures: Figures,
+    stage: Stage,
+    worker: Any,
+    folder: Path,
+    changes: int,
+    dice: random.Random,
+    first_answers: dict[str, list[int]],
+) -> None:
+    """The same worker, with a lease: what has left it is parked."""
+    first = [change(stage, worker, name, folder, first_answers, lease=LEASE)[0] for name in ARCHITECTURES]
+    before_mib, _ = memory_mib(worker.pid)
+    took = [change(stage, worker, name, folder, first_answers, lease=LEASE) for name in order_of(changes, dice)]
+    after_mib, _ = memory_mib(worker.pid)
+    figures.samples("elastic, a first visit to its first token", [1000 * s for s in first], "ms")
+    returned = [1000 * seconds for seconds, _ in took]
+    figures.samples("elastic, a parked model's return to its first token", returned, "ms", at_most=150)
+    figures.add("elastic, a parked model's return, 99th percentile", percentile(returned, 99), "ms", at_most=400)
+    figures.samples("elastic, last token to parked, bytes given back", [1000 * s for _, s in took], "ms", at_most=100)
+    figures.add("private memory with four models parked", before_mib, "MiB")
+    figures.add(f"growth of it over {changes} returns", 100 * (after_mib / before_mib - 1), "%", at_most=5)
+
+
+def change(
+    stage: Stage,
+    worker: Any,
+    name: str,
+    folder: Path,
+    first_answers: dict[str, list[int]],
+    lease: actions.FirstLease | None = None,
+) -> tuple[float, float]:
     """Seconds to the first token, and from the last token to EMPTY."""
     stage.answers.clear()
     spec = model(name, str(folder / name))
     began_s = time.monotonic()
-    epoch, _ = worker.become(spec, kv_limit_bytes=KV_BYTES)
+    epoch, _ = worker.become(spec, kv_limit_bytes=None if lease else KV_BYTES, lease=lease)
     worker.submit("r", epoch, payload(PROMPT, 1))
     (answer,) = stage.finished("r")
     ended_s = time.monotonic()
     assert answer.tokens == first_answers.setdefault(name, answer.tokens), f"{name} says something else than before"
     worker.leave(name, epoch)
-    worker.inbox.next(events.RequestFinished)
-    worker.inbox.next(events.ReplicaStopped)
+    worker.inbox.next(events.RequestFinished, past=LEASE_NEWS)
+    worker.inbox.next(events.ReplicaStopped, past=LEASE_NEWS)
     return ended_s - began_s, time.monotonic() - ended_s
 
 

@@ -2,10 +2,10 @@
 
     python benchmark/micro/carousel.py
 
-The workers are an agent's own pool over real sockets; weights come from shared images. Who gives way is the worker that
-was used longest ago, never one at work. What each model has to say was asked beforehand of transformers, from the same
-files. A switch is counted from the moment a request finds a worker to the first token: the old model out, the new one in
-and checked, and its prefill.
+The workers are an agent's own pool over real sockets; weights come from shared images. Who gives way is a worker in which
+the model is parked, else the one that was used longest ago, never one at work. What each model has to say was asked
+beforehand of transformers, from the same files. A switch is counted from the moment a request finds a worker to the first
+token: the old model out, the new one in and checked, and its prefill.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ ARCHITECTURES = ("llama", "qwen3", "gemma2", "moe", "mistral")
 FRONT = "front-0"
 PROMPT = [5, 6, 7, 8, 9]
 TOKENS = 4
-KV_BYTES = 8 << 20
+LEASE = actions.FirstLease(page_bytes=2 << 20, revision=1, level=4, ceiling=8)
 PATIENCE_S = 120.0
 
 
@@ -50,6 +50,7 @@ def main() -> int:
     options.add_argument("--models", type=int, default=18)
     options.add_argument("--workers", type=int, default=4)
     options.add_argument("--requests", type=int, default=500)
+    options.add_argument("--parked-models", type=int, default=2, help="how many stay in each worker that have left it")
     options.add_argument("--every-ms", type=float, default=200.0, help="time between two requests")
     arguments = options.parse_args()
     figures = Figures("carousel", seed=arguments.seed)
@@ -60,7 +61,7 @@ def main() -> int:
         different = len({tuple(tokens) for tokens in right.values()})
         figures.add("models, all of which say something else", different, "", at_least=arguments.models)
         (Path(folder) / "images").mkdir()
-        with parent(Path(folder)) as run_dir:
+        with parent(Path(folder), arguments.parked_models) as run_dir:
             asyncio.run(
                 go_round(
                     figures,
@@ -97,10 +98,11 @@ def reference(checkpoint: Path) -> list[int]:
 
 
 @contextmanager
-def parent(folder: Path) -> Iterator[Path]:
+def parent(folder: Path, parked_models: int) -> Iterator[Path]:
     """The directory of a preloaded parent's socket."""
     with tempfile.TemporaryDirectory(prefix="chimera-bench-") as run_dir:
         words = ["--socket", f"{run_dir}/parent.sock", "--engine", "sglang", "--images", str(folder / "images")]
+        words += ["--parked-models", str(parked_models)]
         command = [sys.executable, "-m", "chimera.worker.parent", *words, "--log-level", "warning"]
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
         try:
@@ -117,6 +119,7 @@ class Place:
         self.worker: Worker | None = None
         self.name = ""
         self.epoch = Epoch(0, 0)
+        self.parked: tuple[str, ...] = ()
         self.taken = False
         self.used_s = 0.0
 
@@ -129,6 +132,8 @@ class Carousel:
         self.switch_s: list[float] = []
         self.stay_s: list[float] = []
         self.load_s: list[float] = []
+        self.return_s: list[float] = []
+        """To the first token, where the model was parked."""
         self._run_dir = run_dir
         self._places = [Place() for _ in range(places)]
         self._moved = asyncio.Condition()
@@ -152,6 +157,7 @@ class Carousel:
         self.switch_s.clear()
         self.stay_s.clear()
         self.load_s.clear()
+        self.return_s.clear()
         names = sorted(self.specs)
         async with asyncio.TaskGroup() as group:
             for number in range(requests):
@@ -164,7 +170,7 @@ class Carousel:
     async def answer(self, request_id: str, name: str) -> None:
         place = await self._place_for(name)
         began_s = time.monotonic()
-        stays = place.name == name
+        stays, parked = place.name == name, name in place.parked
         try:
             if not stays:
                 await self._switch(place, name)
@@ -174,7 +180,10 @@ class Carousel:
             place.worker.send(stream.Submit(request_id=request_id, epoch=place.epoch, front=FRONT, payload=content))
             await finished
             self.wrong += self._answers.pop(request_id) != self.right[name]
-            (self.stay_s if stays else self.switch_s).append(self._begun.pop(request_id) - began_s)
+            took_s = self._begun.pop(request_id) - began_s
+            (self.stay_s if stays else self.switch_s).append(took_s)
+            if parked and not stays:
+                self.return_s.append(took_s)
         finally:
             async with self._moved:
                 place.taken, place.used_s = False, time.monotonic()
@@ -187,7 +196,7 @@ class Carousel:
                 its = [place for place in self._places if place.name == name]
                 idle = [place for place in (its or self._places) if not place.taken]
                 if idle:
-                    place = min(idle, key=lambda place: place.used_s)
+                    place = min(idle, key=lambda place: (name not in place.parked, place.used_s))
                     place.taken = True
                     return place
                 await self._moved.wait()
@@ -199,16 +208,18 @@ class Carousel:
             place.worker.send(
                 actions.Deactivate(replica=ReplicaId(left), epoch=place.epoch, drain_s=5.0, reason="its turn is over")
             )
-            await stopped
+            told = await stopped
+            assert isinstance(told, events.ReplicaStopped) and told.kept is not None
+            place.parked = place.worker.parked = told.kept.models
             self._pool.vacate(place.worker)
         place.epoch = Epoch(1, next(self._epochs))
         ready = self._await(events.ReplicaReady, ReplicaId(name))
-        seat = Seat(replica=ReplicaId(name), gpu_ids=(0,), kv_limit_bytes=KV_BYTES)
-        order = actions.Activate(model=self.specs[name], seat=seat, epoch=place.epoch, reason="its turn")
+        seat = Seat(replica=ReplicaId(name), gpu_ids=(0,))
+        order = actions.Activate(model=self.specs[name], seat=seat, epoch=place.epoch, leases=(LEASE,), reason="its turn")
         place.worker = self._pool.employ(order).first
-        told = await ready
-        assert isinstance(told, events.ReplicaReady)
-        self.load_s.append(told.load_s)
+        up = await ready
+        assert isinstance(up, events.ReplicaReady)
+        self.load_s.append(up.load_s)
 
     def _await(self, kind: type, of: object) -> asyncio.Future[Message]:
         future = self._awaited[kind, of] = asyncio.get_running_loop().create_future()
@@ -240,7 +251,9 @@ async def go_round(figures: Figures, carousel: Carousel, *, requests: int, every
     figures.add("requests that needed a switch", len(milliseconds), "")
     figures.samples("switch, to the first token", milliseconds, "ms")
     figures.add("switch, to the first token, 99th percentile", percentile(milliseconds, 99), "ms")
-    figures.samples("of it, bringing the new model up and checking it", [1000 * s for s in carousel.load_s], "ms")
+    if carousel.return_s:
+        figures.samples("of these, where it was parked", [1000 * s for s in carousel.return_s], "ms")
+    figures.samples("of a switch, bringing the new model up and checking it", [1000 * s for s in carousel.load_s], "ms")
     figures.samples("no switch, to the first token", [1000 * s for s in carousel.stay_s], "ms")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -336,6 +337,23 @@ async def test_two_models_that_need_more_than_there_is_answer_every_request(pare
         assert made.agent.memory is not None
         for ledger in made.agent.memory.ledger:
             ledger.check()
+
+
+async def test_a_model_that_leaves_drains_and_its_bytes_are_back_soon_after_its_last_token(parent_socket: Path) -> None:
+    """Within 100 ms, says benchmark/micro/activation.py; here on a busy machine, and not after the 5 s of a drain."""
+    async with system(parent_socket, [model("a", step_s=0.005)], elastic=True) as (made, front):
+        await made.until(events.ReplicaReady)
+        answer = front.ask("r", of="a", tokens=60)
+        await asyncio.wait_for(answer.began.wait(), 10.0)
+        front.send(events.UnloadWanted(order="1", front=front.name, model="a"))
+        await asyncio.wait_for(answer.ended.wait(), 10.0)
+        last_token_s = time.monotonic()
+        assert answer.outcome is Outcome.LENGTH and len(answer.token_ids) == 60, "it was let finish"
+        assert made.agent.memory is not None
+        ledger = made.agent.memory.ledger[0]
+        await until(lambda: not ledger.view(0.0).by_class())
+        assert time.monotonic() - last_token_s < 2.0
+        assert ledger.free == ledger.gpu.pages
 
 
 async def test_what_is_kept_goes_with_the_next_model_that_needs_the_room(parent_socket: Path) -> None:

@@ -7,7 +7,7 @@ was: `test_in_process.py` runs these in one of their own.
 import json
 import shutil
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,10 @@ from chimera.engine.preload import preload
 from chimera.msg.stream import Payload, Sampling
 from chimera.tiny.maker import make
 from chimera.tiny.shapes import MODELS
+from chimera.vmm.host import HostDriver
+from chimera.weights.copier import StagingRing
 from chimera.weights.image import Canary, Contents, closing
+from chimera.weights.site import InMemory
 from chimera.weights.store import WeightStore
 
 from tests.worker.stage import model
@@ -118,7 +121,7 @@ def test_latent_attention_keeps_what_loading_derives(engine: "WarmEngine", store
     from chimera.engine.sglang.images import witnessed
 
     make(MODELS["deepseek"], tmp_path / "deepseek", seed=0)
-    with witnessed() as witness:
+    with witnessed(lambda nbytes: None) as witness:
         engine._bare.activate(model("deepseek", str(tmp_path / "deepseek")), gpu_ids=(0,), kv_bytes=KV)
     engine.deactivate()
     assert witness.survey is not None, witness.unfit
@@ -312,16 +315,67 @@ def test_a_model_that_cannot_come_from_an_image_comes_from_its_files(
     assert says(engine, "llama", checkpoints / "llama") == wanted, "nor is it tried again"
 
 
-@pytest.fixture
-def parking(bare: Any, store: WeightStore) -> Iterator["WarmEngine"]:
+class HostQueue:
+    """A device whose memory is some of the host's, so that weights are copied there and leave it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.driver = HostDriver(64 << 10)
+
+    def lock(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def site(self, nbytes: int) -> InMemory:
+        return InMemory(self.driver, nbytes, torch.device("cpu"))
+
+    def send(self, staged: torch.Tensor, target: torch.Tensor) -> Callable[[], object]:
+        target.copy_(staged)
+        return lambda: None
+
+    def settle(self) -> None:
+        """Every copy was over when it was sent."""
+
+    def drain(self) -> None:
+        """So is everything else."""
+
+
+def test_who_watches_hears_of_every_byte_that_is_read_and_copied(
+    engine: "WarmEngine", store: WeightStore, checkpoints: Path
+) -> None:
+    heard = {"read": 0, "copied": 0}
+
+    def watch(doing: str, nbytes: int) -> None:
+        heard[doing] += nbytes
+
+    engine.watch(watch)
+    engine.prepare(model("llama", str(checkpoints / "llama")), gpu_ids=(0,))
+    (path,) = images(store)
+    header_bytes = struct.unpack("<Q", (checkpoints / "llama" / "model.safetensors").read_bytes()[:8])[0]
+    assert heard["read"] == (checkpoints / "llama" / "model.safetensors").stat().st_size - 8 - header_bytes
+    assert _open(path).contents.data_bytes - 512 * 1000 < heard["copied"] <= _open(path).contents.data_bytes
+    before = dict(heard)
+    engine.prepare(model("llama", str(checkpoints / "llama")), gpu_ids=(0,))
+    assert heard == before, "nothing is built that is there"
+
+
+@pytest.fixture(params=["in place", "copied"])
+def parking(bare: Any, store: WeightStore, request: pytest.FixtureRequest) -> Iterator["WarmEngine"]:
     """Keeps two models that have left."""
     from chimera.engine.sglang.warm import WarmEngine
 
     engine = WarmEngine(bare, store, Parking(models=2))
+    if request.param == "copied":
+        engine._copier = StagingRing(HostQueue, chunk_bytes=1 << 18, lanes=2)
     yield engine
     engine.deactivate()
     engine._shelf.clear("the test is over")
     assert not torch.distributed.is_initialized(), "nothing is left of any of them"
+    assert site_bytes(engine) == 0
+
+
+def site_bytes(engine: "WarmEngine") -> int:
+    """Of weights on the device that stands in for one."""
+    queues = getattr(engine._copier, "_queues", {})
+    return sum(queue.driver.created_bytes for queue in queues.values())
 
 
 def visit(engine: "WarmEngine", name: str, folder: Path, tokens: int = 4) -> tuple[int, ...]:
@@ -347,10 +401,10 @@ def test_a_model_that_returns_is_bound_again_and_not_built(
     assert on_shelf(parking) == {"llama", "moe"}
 
 
-def test_a_parked_model_has_no_cache_memory(parking: "WarmEngine", checkpoints: Path) -> None:
+def test_a_parked_model_has_no_memory_but_for_what_was_built_around_it(parking: "WarmEngine", checkpoints: Path) -> None:
     visit(parking, "llama", checkpoints / "llama")
     (parked,) = parking._shelf.on(0)
-    assert parked.what.kv._driver.created_bytes == 0
+    assert parked.what.aside.kv._driver.created_bytes == 0 and site_bytes(parking) == 0
     assert parking._bare.holding() is None
     parking.activate(parked.berth.model, gpu_ids=(0,), kv_bytes=KV, ceiling_bytes=2 * KV)
     holding = parking.holding()
@@ -370,7 +424,7 @@ def test_letting_go_of_one_leaves_the_one_that_is_up_alone(parking: "WarmEngine"
     wanted = visit(parking, "qwen3", checkpoints / "qwen3")
     visit(parking, "moe", checkpoints / "moe")
     parking.activate(model("qwen3", str(checkpoints / "qwen3")), gpu_ids=(0,), kv_bytes=KV, ceiling_bytes=2 * KV)
-    parking.let_go(0, 0, "room is needed")
+    parking._shelf.clear("room is needed")
     assert not on_shelf(parking) and parking.ask(PROMPT, 4) == wanted
     parking.deactivate()
     assert visit(parking, "qwen3", checkpoints / "qwen3") == wanted
@@ -389,6 +443,73 @@ def test_who_leaves_in_the_middle_of_an_answer_is_parked_without_it(parking: "Wa
     assert parking.ask(PROMPT, 4) == wanted
 
 
+def test_a_parked_model_keeps_no_image_from_making_room_for_another(
+    parking: "WarmEngine", store: WeightStore, checkpoints: Path
+) -> None:
+    wanted = visit(parking, "llama", checkpoints / "llama")
+    (path,) = images(store)
+    store.budget_bytes = path.stat().st_size + (1 << 20)  # no second one fits
+    visit(parking, "qwen3", checkpoints / "qwen3")
+    assert path not in images(store) and on_shelf(parking) == {"llama", "qwen3"}
+    assert visit(parking, "llama", checkpoints / "llama") == wanted, "over an image that was built anew"
+
+
+def cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+def lie(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[:8] = struct.pack("<Q", len(content))
+    weights.write_bytes(content)
+
+
+def become_unknown(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["NoSuchModel"], "model_type": "no_such"}))
+
+
+def contradict(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 4}))
+
+
+def go(folder: Path) -> None:
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (cut, "cut short"),
+        (lie, r"model\.safetensors"),
+        (become_unknown, "no_such"),
+        (contradict, "describes"),
+        (go, "cannot be read"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_and_nothing_else_is_touched(
+    parking: "WarmEngine",
+    bare: Any,
+    store: WeightStore,
+    checkpoints: Path,
+    llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Path], None],
+    reason: str,
+) -> None:
+    wanted = visit(parking, "qwen3", checkpoints / "qwen3")
+    before = images(store)
+    spoil(llama)
+    with pytest.raises(CannotServe, match=reason):
+        visit(parking, "llama", llama)
+    assert images(store) == before and on_shelf(parking) == {"qwen3"}
+    monkeypatch.setattr(bare, "activate", lambda *_, **__: pytest.fail("it was built again"))
+    assert visit(parking, "qwen3", checkpoints / "qwen3") == wanted
+
+
 def test_other_files_are_another_model(parking: "WarmEngine", llama: Path) -> None:
     first = visit(parking, "llama", llama)
     make(MODELS["llama"], llama, seed=1)
@@ -399,14 +520,90 @@ def test_a_parked_model_that_says_something_else_is_not_served(
     parking: "WarmEngine", store: WeightStore, checkpoints: Path
 ) -> None:
     visit(parking, "llama", checkpoints / "llama")
-    (parked,) = parking._shelf.on(0)
-    scheduler = parked.what.scheduler
-    weights = next(p for name, p in scheduler.tp_worker.model_runner.model.named_parameters() if "lm_head" in name)
-    with torch.no_grad():
-        weights.copy_(weights.flip(0))  # the mapping is private: nobody else sees it
+    path = next(store.folder.glob("*.image"))
+    content = bytearray(path.read_bytes())
+    half = _open(path).contents.data_bytes // 2 // 512 * 512
+    content[:half] = content[half : 2 * half]
+    with path.open("r+b") as file:  # where it is mapped it changes too
+        file.write(content)
     with pytest.raises(CannotServe, match="woke up wrong"):
         visit(parking, "llama", checkpoints / "llama")
     assert not on_shelf(parking)
+
+
+class Cached:
+    """A post that asks one thing, and hears how much of the prompt was there already."""
+
+    def __init__(self, prompt: tuple[int, ...]) -> None:
+        sampling = Sampling(max_new_tokens=4, temperature=0.0, ignore_eos=True)
+        self._orders: list[Any] = [Submission("r", Payload(input_ids=list(prompt), sampling=sampling))]
+        self.said: list[int] = []
+        self.cached = 0
+        self._over = False
+
+    def collect(self, wait_s: float | None) -> list[Any]:
+        if self._over and wait_s != 0.0:
+            raise Leave
+        orders, self._orders = self._orders, []
+        return orders
+
+    def deliver(self, deltas: list[Any]) -> None:
+        for delta in deltas:
+            self.said += delta.token_ids
+            self.cached = delta.cached_tokens
+            self._over |= delta.outcome is not None
+
+    def fail(self, request_id: str, code: str, message: str) -> None:
+        raise AssertionError(message)
+
+    def give_back(self, request_id: str, reason: str) -> None:
+        raise AssertionError(reason)
+
+
+def asks(engine: "WarmEngine", prompt: tuple[int, ...]) -> Cached:
+    post = Cached(prompt)
+    with pytest.raises(Leave):
+        engine.serve(post)
+    return post
+
+
+COMMON = tuple(range(100, 160))
+PROMPTS = [(*COMMON, *range(start, start + 20)) for start in (200, 220, 240)]
+
+
+@pytest.fixture
+def hoarding(bare: Any, store: WeightStore) -> Iterator["WarmEngine"]:
+    from chimera.engine.sglang.warm import WarmEngine
+
+    engine = WarmEngine(bare, store, Parking(models=2, host_kv_bytes=1 << 30))
+    yield engine
+    engine.deactivate()
+    engine._shelf.clear("the test is over")
+
+
+def test_prefixes_are_there_again_when_the_model_returns(hoarding: "WarmEngine", checkpoints: Path) -> None:
+    spec = model("llama", str(checkpoints / "llama"))
+    for visits in range(3):
+        hoarding.activate(spec, gpu_ids=(0,), kv_bytes=KV, ceiling_bytes=2 * KV)
+        answers = [asks(hoarding, prompt) for prompt in PROMPTS]
+        if not visits:
+            wanted = [answer.said for answer in answers]
+            assert [answer.cached for answer in answers] == [0, 60, 60]
+        else:
+            assert [answer.cached for answer in answers] == [79, 79, 79]
+            assert [answer.said for answer in answers] == wanted
+        hoarding.deactivate()
+
+
+def test_of_prefixes_that_have_no_room_on_the_host_the_last_used_stay(hoarding: "WarmEngine", checkpoints: Path) -> None:
+    spec = model("llama", str(checkpoints / "llama"))
+    hoarding.activate(spec, gpu_ids=(0,), kv_bytes=KV, ceiling_bytes=2 * KV)
+    for prompt in PROMPTS:
+        asks(hoarding, prompt)
+    hoarding._host_kv_bytes = 100 * hoarding._bare._kv._owned_pool.slot_bytes
+    hoarding.deactivate()
+    hoarding.activate(spec, gpu_ids=(0,), kv_bytes=KV, ceiling_bytes=2 * KV)
+    assert [asks(hoarding, prompt).cached for prompt in reversed(PROMPTS)] == [79, 60, 60]
 
 
 class Impatient:

@@ -295,6 +295,30 @@ def test_close_gives_back_everything_even_what_is_in_use_and_leaving() -> None:
     pool.close()
 
 
+def test_what_is_lifted_to_the_host_comes_down_on_other_slots() -> None:
+    kind = KvKind.heads(layers=2, kv_heads=2, head_dim=64, dtype=torch.float32)
+    pool = pool_of(4, driver=HostDriver(GRANULE))
+    pool.grow(4)
+    first = alloc(pool, 40)
+    for layers in pool.tensors().values():
+        for layer in layers:
+            layer[first] = torch.randn(layer[first].shape)
+    wanted = [layer[first].clone() for layers in pool.tensors().values() for layer in layers]
+    contents = pool.lift(first)
+    assert sum(rows.nbytes for rows in contents) == 40 * pool.slot_bytes == 40 * kind.token_bytes
+    pool.vacate()
+    pool.grow(3)
+    alloc(pool, 7)
+    second = alloc(pool, 40)
+    assert set(second.tolist()) != set(first.tolist())
+    pool.lower(second, contents)
+    assert all(
+        torch.equal(layer[second], its)
+        for layer, its in zip([layer for layers in pool.tensors().values() for layer in layers], wanted, strict=True)
+    )
+    pool.close()
+
+
 def test_a_vacated_pool_has_its_addresses_and_nothing_else_and_begins_anew() -> None:
     driver = FakeDriver(GRANULE)
     pool = pool_of(8, driver=driver)

@@ -49,6 +49,7 @@ def cast(service: Service, folder: Path, port: int) -> list[Child]:
     parent += ["--parked-models", str(service.parked_models)]
     if service.parked_bytes is not None:
         parent += ["--parked-bytes", str(service.parked_bytes)]
+    parent += ["--host-kv-bytes", str(service.host_kv_bytes)]
     front = ["chimera.server", "--run-dir", told, "--host", service.host, "--port", str(port)]
     front += ["--access", str(folder / "access.json")]
     control += service.keeping.words_for_control(folder)

@@ -21,6 +21,9 @@ _OF = {
         chimera serve placement.json --virtual-gpus 8x2GiB    no GPU: memory budgets of this host stand in
         chimera serve placement.json --engine simulated       no engines either: latencies and made-up words
         chimera serve placement.json --host 0.0.0.0 --keys keys.jsonl""",
+    "build-images": """
+        chimera build-images placement.json --image-dir /dev/shm/images
+        chimera build-images models/llama models/qwen3 --image-dir images --cpu-share-memory 64GiB""",
     "check": """
         chimera check placement.json
         chimera check placement.json --gpus 8x80GB            held against GPUs that are elsewhere

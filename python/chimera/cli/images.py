@@ -54,7 +54,7 @@ def images_of(
     if wanted is False or arguments.engine != "sglang" or not models:
         yield None
         return
-    budget_bytes = _budget(arguments.cpu_share_memory)
+    budget_bytes = budget_of(arguments.cpu_share_memory)
     with _folder(arguments.image_dir) as folder:
         short = _shortage(folder, budget_bytes, models)
         if not short:
@@ -66,7 +66,7 @@ def images_of(
             yield None
 
 
-def _budget(written: str | None) -> int | None:
+def budget_of(written: str | None) -> int | None:
     try:
         return None if written is None else parse_bytes(written)
     except ValueError as fault:

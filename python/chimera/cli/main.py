@@ -30,6 +30,7 @@ VERBS = {
     "policy": "who decides what runs where on a running server, or shall",
     "simulate": "replay a trace on paper under one policy or several",
     "bench": "replay a trace on a server, compare policies and servers, and report",
+    "build-images": "build the weight images of models beforehand, with a bar of bytes",
     "models": "make small models to try things with",
     "doctor": "look at this machine and say what would keep it from serving",
     "replay-decisions": "run a decision log again and compare every action",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import msgspec
 
-from chimera.cli import costs, door, images, keeping
+from chimera.cli import costs, door, images, keeping, workers
 from chimera.cli.filing import Filing, roots_of
 from chimera.cli.service import Service
 from chimera.cli.supervisor import Supervisor
@@ -19,7 +19,7 @@ from chimera.core.gpu import Gpu
 from chimera.core.snapshot import LOCAL_NAMES, POLICY_NAMES
 from chimera.errors import ConfigError
 from chimera.sched.policies.policy import WarmRules
-from chimera.units import parse_bytes, parse_seconds
+from chimera.units import parse_seconds
 
 PLACEMENT_FILES = (".json", ".yaml", ".yml")
 
@@ -58,51 +58,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--async-loading", action="store_true", help="say where it listens as soon as it does; requests wait for their models"
     )
-    _configure_workers(parser)
+    workers.configure(parser)
     images.configure(parser)
     door.configure(parser)
-
-
-def _configure_workers(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--enable-worker-pool",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="keep EMPTY workers ready, so that no model waits for a new process (default: %(default)s)",
-    )
-    parser.add_argument("--workers-per-gpu", type=int, default=1, metavar="N", help="so many of them (default: %(default)s)")
-    parser.add_argument(
-        "--enable-model-service",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="with shared weights, build those of models that are off while the others serve (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--num-model-service-workers", type=int, default=1, metavar="N", help="so many at a time (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--parked-models",
-        type=int,
-        default=2,
-        metavar="N",
-        help="models that have left a worker and stay there without their memory, to return at once (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--parked-bytes", metavar="SIZE", help="how much of a GPU they may keep in each worker (default: by their number)"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.fronts <= 64:
         raise ConfigError.single("--fronts", f"{arguments.fronts} front-ends: 1 to 64 are possible")
-    for flag in ("--workers-per-gpu", "--num-model-service-workers"):
-        count = getattr(arguments, flag[2:].replace("-", "_"))
-        if not 1 <= count <= 64:
-            raise ConfigError.single(flag, f"{count} workers: 1 to 64 are possible")
-    if not 0 <= arguments.parked_models <= 64:
-        raise ConfigError.single("--parked-models", f"{arguments.parked_models} models: 0 to 64 are possible")
+    workers.require_sensible(arguments)
     door.access_of(arguments)  # a fault in it is told before models are looked at
-    deployment = _deployment(arguments)
+    deployment = deployment_of(arguments)
     _make_log_dir(arguments.log_dir)
     with images.images_of(arguments, deployment.models, _say) as shared:
         return asyncio.run(_supervise(_service(arguments, deployment, shared)))
@@ -110,7 +76,6 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _service(arguments: argparse.Namespace, deployment: Deployment, shared: images.Images | None) -> Service:
     seated = {seat.replica.model for seat in deployment.placement.seats}
-    # On a real GPU an image is built in the memory of that GPU, which nobody has set aside for it before an activation.
     policy, local = arguments.policy or deployment.policy or "static", arguments.local or deployment.local
     file = _placement_file(arguments)
     filing = Filing(
@@ -120,7 +85,9 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         roots=roots_of(arguments.model_root, file, deployment),
         flags=frozenset(name for name in ("policy", "local") if getattr(arguments, name) is not None),
     )
-    beforehand = arguments.enable_model_service and shared is not None and all(gpu.virtual for gpu in deployment.gpus)
+    virtual = all(gpu.virtual for gpu in deployment.gpus)
+    asked = workers.Workers(arguments, shares=shared is not None, virtual=virtual, gpus=len(deployment.gpus))
+    asked.tell_what_is_idle(_say)
     return Service(
         models=deployment.models,
         wanted=deployment.placement,
@@ -143,11 +110,12 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         async_loading=arguments.async_loading,
         filing=filing,
         access=door.access_of(arguments),
-        parked_models=arguments.parked_models,
-        parked_bytes=_bytes("--parked-bytes", arguments.parked_bytes),
-        spare_workers=arguments.workers_per_gpu * len(deployment.gpus) if arguments.enable_worker_pool else 0,
-        prepare_at_once=arguments.num_model_service_workers,
-        prepare=tuple(model for model in deployment.models if beforehand and model.name not in seated),
+        parked_models=asked.parked_models,
+        parked_bytes=asked.parked_bytes,
+        host_kv_bytes=asked.host_kv_bytes,
+        spare_workers=asked.spare,
+        prepare_at_once=asked.at_once,
+        prepare=tuple(model for model in deployment.models if asked.beforehand and model.name not in seated),
     )
 
 
@@ -169,7 +137,7 @@ def _say(line: str) -> None:
     print(f"chimera: {line}", flush=True)
 
 
-def _deployment(arguments: argparse.Namespace) -> Deployment:
+def deployment_of(arguments: argparse.Namespace) -> Deployment:
     gpus = _gpus(arguments)
     file = _placement_file(arguments)
     if file is None:
@@ -213,13 +181,6 @@ def _make_log_dir(folder: Path | None) -> None:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as fault:
         raise ConfigError.single("--log-dir", f"{folder}: {fault.strerror}") from None
-
-
-def _bytes(flag: str, text: str | None) -> int | None:
-    try:
-        return None if text is None else parse_bytes(text)
-    except ValueError as fault:
-        raise ConfigError.single(flag, str(fault)) from None
 
 
 def _seconds(text: str) -> float:

@@ -46,6 +46,8 @@ class Service:
     parked_models: int = 0
     """How many that have left a worker stay in it, to be there at once when they return."""
     parked_bytes: int | None = None
+    host_kv_bytes: int = 0
+    """What each worker may keep of their caches in host memory."""
     spare_workers: int = 0
     prepare: tuple[ModelSpec, ...] = ()
     """Models to have an image of, before anybody asks for them."""

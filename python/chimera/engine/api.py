@@ -62,6 +62,8 @@ class Parking(msgspec.Struct, frozen=True, kw_only=True):
     models: int = 0
     nbytes: int | None = None
     """Of the memory that models run in; `None` leaves it to the number."""
+    host_kv_bytes: int = 0
+    """Of the host's memory, for their cached prefixes."""
 
 
 NO_PARKING = Parking()

@@ -163,12 +163,40 @@ class ElasticPool:
         if new is None:
             return None
         for rows in self._rows:
-            # In portions, because a portion is for a moment in memory twice more.
-            portion = max(1, _MOVED_AT_ONCE_BYTES // (rows.shape[1] * rows.itemsize))
+            portion = self._portion(rows)
             for here, there in zip(slots.split(portion), new.split(portion), strict=True):
                 rows[there] = rows[here]
         self.slots.free(slots)
         return new
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one token in all layers."""
+        nbytes: int = sum(rows.shape[1] * rows.itemsize for rows in self._rows)
+        return nbytes
+
+    def lift(self, slots: torch.Tensor) -> list[torch.Tensor]:
+        """What lies on these slots, copied to the host; waits for the device."""
+        self._require_open()
+        lifted = []
+        for rows in self._rows:
+            content = torch.empty((len(slots), rows.shape[1]), dtype=rows.dtype, pin_memory=rows.is_cuda)
+            for here, there in zip(slots.split(self._portion(rows)), content.split(self._portion(rows)), strict=True):
+                there.copy_(rows[here])
+            lifted.append(content)
+        return lifted
+
+    def lower(self, slots: torch.Tensor, contents: Sequence[torch.Tensor]) -> None:
+        """What was lifted, to other slots."""
+        self._require_open()
+        for rows, content in zip(self._rows, contents, strict=True):
+            for here, there in zip(content.split(self._portion(rows)), slots.split(self._portion(rows)), strict=True):
+                rows[there] = here.to(rows.device, non_blocking=True)
+
+    def _portion(self, rows: torch.Tensor) -> int:
+        """Slots to copy at once: for a moment a portion is in memory twice more."""
+        row_bytes: int = rows.shape[1] * rows.itemsize
+        return max(1, _MOVED_AT_ONCE_BYTES // row_bytes)
 
     def resize(self, stripes: int, choose: Chooser = emptiest) -> int:
         """Grow or begin to shrink towards a level; the level reached is the answer."""

@@ -25,19 +25,19 @@ SMALLEST_GRANULE_BYTES: Final = 64 * KIB
 _FILE_BYTES: Final = 1 << 46
 
 # The three that the standard library does not name, as every Linux has them.
-_PROT_NONE: Final = 0
-_NORESERVE: Final = 0x4000
-_FIXED: Final = 0x10
+PROT_NONE: Final = 0
+NORESERVE: Final = 0x4000
+FIXED: Final = 0x10
 _KEEP_SIZE_PUNCH_HOLE: Final = 0x1 | 0x2
-_VACANT: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+VACANT: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NORESERVE
 _FAILED: Final = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _mmap = _libc.mmap
 _mmap.restype = ctypes.c_void_p
 _mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64]
-_munmap = _libc.munmap
-_munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+munmap = _libc.munmap
+munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 _madvise = _libc.madvise
 _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _fallocate = _libc.fallocate
@@ -71,7 +71,7 @@ class HostDriver(TrackedDriver):
     def _reserve(self, nbytes: int) -> int:
         # Huge pages need addresses and file offsets that agree modulo their size.
         align = HUGE_PAGE_BYTES if self._huge else SMALLEST_GRANULE_BYTES
-        start = _map_at(None, nbytes + align, _PROT_NONE, _VACANT)
+        start = map_at(None, nbytes + align, PROT_NONE, VACANT)
         address = start + -start % align
         self._shifts[address] = address - start
         return address
@@ -79,7 +79,7 @@ class HostDriver(TrackedDriver):
     def _free(self, address: int, nbytes: int) -> None:
         align = HUGE_PAGE_BYTES if self._huge else SMALLEST_GRANULE_BYTES
         start = address - self._shifts.pop(address)
-        _check("munmap", _munmap(start, nbytes + align), nbytes)
+        check("munmap", munmap(start, nbytes + align), nbytes)
 
     def _create(self, nbytes: int, count: int) -> list[int]:
         if self._file < 0:
@@ -102,14 +102,14 @@ class HostDriver(TrackedDriver):
         self._stretches.give(place, nbytes)
 
     def _map(self, address: int, run: Run) -> None:
-        flags = mmap.MAP_SHARED | _FIXED
-        _map_at(address, run.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, self._file, run.handles[0].place)
+        flags = mmap.MAP_SHARED | FIXED
+        map_at(address, run.nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, self._file, run.handles[0].place)
         # Advice: a kernel built without huge pages declines it, and small pages serve as well.
         if self._huge and _madvise(address, run.nbytes, mmap.MADV_HUGEPAGE) != 0:
             self._huge = False
 
     def _unmap(self, address: int, run: Run) -> None:
-        _map_at(address, run.nbytes, _PROT_NONE, _VACANT | _FIXED)
+        map_at(address, run.nbytes, PROT_NONE, VACANT | FIXED)
 
     def _scrub(self, address: int, run: Run) -> None:
         self._punch(run.handles[0].place, run.nbytes)
@@ -118,7 +118,7 @@ class HostDriver(TrackedDriver):
         return before.place + before.nbytes == after.place
 
     def _punch(self, place: int, nbytes: int) -> None:
-        _check("fallocate", _fallocate(self._file, _KEEP_SIZE_PUNCH_HOLE, place, nbytes), nbytes)
+        check("fallocate", _fallocate(self._file, _KEEP_SIZE_PUNCH_HOLE, place, nbytes), nbytes)
 
 
 class _Stretches:
@@ -179,7 +179,7 @@ def _sparse_file() -> int:
     return file
 
 
-def _map_at(address: int | None, nbytes: int, protection: int, flags: int, file: int = -1, place: int = 0) -> int:
+def map_at(address: int | None, nbytes: int, protection: int, flags: int, file: int = -1, place: int = 0) -> int:
     got = _mmap(address, nbytes, protection, flags, file, place)
     if got is None or got == _FAILED:
         code = ctypes.get_errno()
@@ -187,7 +187,7 @@ def _map_at(address: int | None, nbytes: int, protection: int, flags: int, file:
     return int(got)
 
 
-def _check(call: str, result: int, nbytes: int) -> None:
+def check(call: str, result: int, nbytes: int) -> None:
     if result != 0:
         code = ctypes.get_errno()
         raise DriverError(call, code, nbytes, os.strerror(code))

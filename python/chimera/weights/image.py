@@ -7,11 +7,13 @@ all: tensors are views of the mapped file. A file without its closing mark was n
 from __future__ import annotations
 
 import fcntl
+import functools
 import mmap
 import os
 import struct
+import weakref
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,7 +77,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Image:
-    """An image, mapped. While any tensor over it lives, the file counts as in use, whoever removes its name."""
+    """An image. While it, or any tensor over its bytes, lives, the file counts as in use, whoever removes its name."""
 
     def __init__(self, path: Path, fd: int) -> None:
         """Takes `fd` over; WeightsError if it is not a whole image."""
@@ -83,12 +85,21 @@ class Image:
         try:
             self.nbytes = os.fstat(fd).st_size
             self.contents = _read_contents(path, fd, self.nbytes)
-            # Private: a stray write would be this process's alone. The mapping keeps a duplicate of `fd`, and with it the
-            # lock by which others see that the image is in use, until its last tensor is gone.
-            self._mapping = mmap.mmap(fd, self.nbytes, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
-        finally:
+        except BaseException:
             os.close(fd)
-        self.bytes: torch.Tensor = torch.frombuffer(self._mapping, dtype=torch.uint8)
+            raise
+        self._fd = fd
+        weakref.finalize(self, os.close, fd)
+
+    def fileno(self) -> int:
+        """Open, and with it the lock by which others see that the image is in use, as long as this object lives."""
+        return self._fd
+
+    @functools.cached_property
+    def bytes(self) -> torch.Tensor:
+        # Private: a stray write would be this process's alone. The mapping keeps a duplicate of the file, and of its lock.
+        mapping = mmap.mmap(self._fd, self.nbytes, mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE)
+        return torch.frombuffer(mapping, dtype=torch.uint8)
 
     @classmethod
     def open(cls, path: Path) -> Image | None:
@@ -140,16 +151,18 @@ def aligned(nbytes: int) -> int:
     return ceil_div(nbytes, ALIGNMENT) * ALIGNMENT
 
 
-def copy_in(target: torch.Tensor, pieces: Sequence[tuple[int, torch.Tensor]]) -> None:
-    """Each piece, bytes wherever they are, to its place in `target`; several at a time."""
+def copy_in(target: torch.Tensor, pieces: Sequence[tuple[int, torch.Tensor]], copied: Callable[[int], object]) -> None:
+    """Each piece, bytes wherever they are, to its place in `target`; several at a time. `copied` hears of each one's bytes."""
 
-    def copy(piece: tuple[int, torch.Tensor]) -> None:
+    def copy(piece: tuple[int, torch.Tensor]) -> int:
         at, source = piece
-        target[at : at + source.numel()].copy_(source)
+        nbytes: int = source.numel()
+        target[at : at + nbytes].copy_(source)
+        return nbytes
 
     with ThreadPoolExecutor(THREADS) as threads:
-        for _ in threads.map(copy, pieces):
-            pass
+        for nbytes in threads.map(copy, pieces):
+            copied(nbytes)
 
 
 def closing(contents: Contents) -> bytes:

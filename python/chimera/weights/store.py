@@ -13,7 +13,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -87,13 +87,19 @@ class WeightStore:
         with _Locked(self.folder / f"{key.slot}{LOCK}"):
             yield
 
-    def put(self, key: ImageKey, contents: Contents, pieces: Sequence[tuple[int, torch.Tensor]]) -> Image:
+    def put(
+        self,
+        key: ImageKey,
+        contents: Contents,
+        pieces: Sequence[tuple[int, torch.Tensor]],
+        copied: Callable[[int], object] = int,
+    ) -> Image:
         """A new image of `pieces`, bytes with their places. WeightsError, with nothing changed, if there is no room."""
         table_bytes = len(closing(contents)) + 8 * (1 + contents.data_bytes // (1 << 20))  # checksums are still to come
         part, fd = self._reserve(key, contents.data_bytes + table_bytes)
         try:
             if contents.data_bytes:
-                sums = _fill(fd, contents.data_bytes, pieces)
+                sums = _fill(fd, contents.data_bytes, pieces, copied)
                 contents = msgspec.structs.replace(contents, checksums=sums)
             end = closing(contents)
             os.pwrite(fd, end, contents.data_bytes)
@@ -200,10 +206,10 @@ class WeightStore:
         return [path for suffix in suffixes for path in self.folder.glob(f"*{suffix}")]
 
 
-def _fill(fd: int, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]]) -> tuple[int, ...]:
+def _fill(fd: int, nbytes: int, pieces: Sequence[tuple[int, torch.Tensor]], copied: Callable[[int], object]) -> tuple[int, ...]:
     with mmap.mmap(fd, nbytes, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE) as mapping:
         data = torch.frombuffer(mapping, dtype=torch.uint8)
-        copy_in(data, pieces)
+        copy_in(data, pieces, copied)
         sums = checksums(data)
         del data  # or the mapping cannot be closed
     return sums

@@ -117,13 +117,14 @@ def main() -> int:
     parser.add_argument("--images-bytes", type=int, metavar="N", help="how much the images may take (default: what is free)")
     parser.add_argument("--parked-models", type=int, default=0, metavar="N", help="keep so many that have left a worker in it")
     parser.add_argument("--parked-bytes", type=int, metavar="N", help="and so much of a GPU (default: by their number)")
+    parser.add_argument("--host-kv-bytes", type=int, default=0, metavar="N", help="and so much of their caches on the host")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
     start_logging("parent", arguments.log_level)
     end_with_starter()
     try:
         images = None if arguments.images is None else WeightStore(arguments.images, arguments.images_bytes)
-        parking = Parking(models=arguments.parked_models, nbytes=arguments.parked_bytes)
+        parking = Parking(models=arguments.parked_models, nbytes=arguments.parked_bytes, host_kv_bytes=arguments.host_kv_bytes)
         make_engine = preload(arguments.engine, images, parking)
     except CannotServe as fault:
         print(fault, file=sys.stderr)

@@ -23,6 +23,7 @@ from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from chimera.engine.api import CannotServe, Holding, Limit
 from chimera.engine.sglang.allocator import ElasticAllocator
 from chimera.engine.sglang.occupants import Occupants, live_requests
+from chimera.engine.sglang.prefixes import Prefixes, plant, take_down
 from chimera.errors import DriverError
 from chimera.kv.budget import Budget
 from chimera.kv.fence import Passed, after_stream, immediate
@@ -179,6 +180,14 @@ class ElasticKv:
         )
 
     # While it is parked.
+
+    def take_down(self, most_bytes: int) -> Prefixes | None:
+        """Cached prefixes, to the host; before it is parked."""
+        return take_down(self._scheduler.tree_cache, self._owned_pool, most_bytes) if most_bytes > 0 else None
+
+    def plant(self, prefixes: Prefixes) -> int:
+        """The tokens of those that are cached again."""
+        return plant(self._scheduler.tree_cache, self._owned_pool, prefixes)
 
     def park(self) -> None:
         """Give all memory back; addresses stay, and with them the tensors and graphs that SGLang has over them.

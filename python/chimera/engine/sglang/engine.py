@@ -39,9 +39,11 @@ from chimera.engine.sglang.grammars import Grammars
 from chimera.engine.sglang.lockstep import Lockstep, NoForms
 from chimera.engine.sglang.mailbox import Mailbox
 from chimera.engine.sglang.plugin import elastic_memory
+from chimera.engine.sglang.prefixes import Prefixes
 from chimera.engine.sglang.releases import build
 from chimera.engine.sglang.solitude import alone
 from chimera.engine.sglang.surroundings import Surroundings, forget
+from chimera.errors import WeightsError
 from chimera.msg.actions import Place
 from chimera.msg.stream import TokenDelta
 
@@ -151,7 +153,7 @@ class _Silent:
     recv_pyobj = recv
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Aside:
     """A model that was up and may be again, with all that SGLang made for it but the memory of its cache."""
 
@@ -161,6 +163,8 @@ class Aside:
     surroundings: Surroundings
     nbytes: int
     """By how much the process is larger for it."""
+    prefixes: Prefixes | None
+    """On the host; may be let go of."""
 
 
 class SglangEngine:
@@ -195,6 +199,7 @@ class SglangEngine:
             log.warning("SGLang could not build model=%s", model.name, exc_info=True)
             self._forget()
             passing = isinstance(fault, MemoryError | torch.OutOfMemoryError) or _is_a_peers(fault)
+            passing |= isinstance(fault, WeightsError) and fault.passing
             raise CannotServe(f"SGLang could not build it: {type(fault).__name__}: {fault}", permanent=not passing) from fault
         log.info("built model=%s seconds=%.3f", model.name, time.perf_counter() - started)
         return self._vitals()
@@ -305,8 +310,10 @@ class SglangEngine:
 
     # A model between two visits.
 
-    def set_aside(self) -> Aside | None:
+    def set_aside(self, most_prefix_bytes: int = 0) -> Aside | None:
         """Take the model out of the process as it is, with the memory of its cache given back; EMPTY afterwards.
+
+        As much of its prefixes as that goes to the host.
 
         `None`, with the model still up, where it cannot be: its cache is not elastic, or SGLang does not come to rest.
         """
@@ -314,11 +321,12 @@ class SglangEngine:
         if kv is None or grammars is None or not self._settle():
             return None
         grammars.settle()
+        prefixes = kv.take_down(most_prefix_bytes)
         scheduler.flush_cache()
         kv.park()
         self._scheduler = self._kv = self._grammars = None
         grown = max(0, _taken_bytes(on_cpu=self._on_cpu) - self._empty_bytes)
-        return Aside(scheduler, grammars, kv, Surroundings(), grown)
+        return Aside(scheduler, grammars, kv, Surroundings(), grown, prefixes)
 
     def resume(self, aside: Aside, kv_bytes: int) -> Vitals:
         """It is up again, as it was but for its cache."""
@@ -331,6 +339,13 @@ class SglangEngine:
             self.deactivate()
             raise
         return self._vitals()
+
+    def plant(self, prefixes: Prefixes) -> None:
+        """What it had cached when it left, it has again, and nothing else; for a model that is up and at rest."""
+        assert self._kv is not None, "what is set aside has elastic memory"
+        self._require().flush_cache(empty_cache=False)
+        tokens = self._kv.plant(prefixes)
+        log.info("planted prefixes tokens=%d bytes=%d", tokens, prefixes.nbytes)
 
     def discard(self, aside: Aside) -> None:
         """It will not be wanted again. Another model may be up meanwhile."""

@@ -8,7 +8,7 @@ everything surveyed is put where it was. Knows modules and tensors; asks no stor
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +25,20 @@ from chimera.engine.sglang.arguments import server_arguments
 from chimera.errors import WeightsError
 from chimera.weights.copier import Copier
 from chimera.weights.image import Entry, Image, aligned
+from chimera.weights.site import Site
 from chimera.weights.source import stamps
 from chimera.weights.store import ImageKey
 
 PARAMETER, BUFFER, ATTRIBUTE = "parameter", "buffer", "attribute"
 
-_NOT_LAYOUT = ("max_total_tokens", "max_running_requests", "tokenizer_path", "log_level")
+_NOT_LAYOUT = (
+    "max_total_tokens",
+    "max_running_requests",
+    "tokenizer_path",
+    "log_level",
+    "disable_cuda_graph",
+    "cuda_graph_max_bs_decode",
+)
 _FILES_FORMATS = ("auto", "safetensors")
 _MORE_THAN_ONE_IMAGE = ("speculative_", "cpu_offload", "offload_", "weight_cache", "custom_weight_loader")
 _CAN_BE_MARKED = (torch.float32, torch.bfloat16, torch.float16)
@@ -91,13 +99,19 @@ class Witness:
 
 
 @contextmanager
-def witnessed() -> Iterator[Witness]:
-    """While SGLang loads a model by its own means."""
+def witnessed(read: Callable[[int], object]) -> Iterator[Witness]:
+    """While SGLang loads a model by its own means. `read` hears of each tensor's bytes as it comes from the files."""
     witness = Witness()
 
     def get_model_loader(load_config: Any, model_config: Any = None) -> Any:
         loader = loaders.get_model_loader(load_config, model_config)
-        load = loader.load_model
+        load, weights = loader.load_model, getattr(loader, "_get_all_weights", None)
+
+        def get_all_weights(*of: Any) -> Iterator[tuple[str, torch.Tensor]]:
+            assert weights is not None, "only what is there is replaced"
+            for name, tensor in weights(*of):
+                read(tensor.nbytes)
+                yield name, tensor
 
         def load_model(*, model_config: Any, device_config: Any) -> torch.nn.Module:
             model: torch.nn.Module = load(model_config=model_config, device_config=device_config)
@@ -105,6 +119,8 @@ def witnessed() -> Iterator[Witness]:
             return model
 
         loader.load_model = load_model
+        if weights is not None:
+            loader._get_all_weights = get_all_weights
         return loader
 
     with _loader_is(get_model_loader), _unfilled_shows():
@@ -112,31 +128,35 @@ def witnessed() -> Iterator[Witness]:
 
 
 @contextmanager
-def loading_from(image: Image, copier: Copier) -> Iterator[None]:
-    """While SGLang loads a model: it gets it from the image."""
+def loading_from(image: Image, copier: Copier, site: Site) -> Iterator[None]:
+    """While SGLang loads a model: it gets it from the image, which is copied to the site."""
 
     def get_model_loader(load_config: Any, model_config: Any = None) -> Any:
-        return _ImageLoader(load_config, image, copier)
+        return _ImageLoader(load_config, image, copier, site)
 
     with _loader_is(get_model_loader):
         yield
 
 
 class _ImageLoader(loaders.BaseModelLoader):  # type: ignore[misc]
-    def __init__(self, load_config: Any, image: Image, copier: Copier) -> None:
+    def __init__(self, load_config: Any, image: Image, copier: Copier, site: Site) -> None:
         super().__init__(load_config)
-        self._image = image
+        self._image: Image | None = image
         self._copier = copier
+        self._site = site
 
     def download_model(self, model_config: Any) -> None:
         """Nothing is: the image is here."""
 
     def load_model(self, *, model_config: Any, device_config: Any) -> torch.nn.Module:
+        # SGLang keeps its loader for as long as the model; the image is in use only while somebody keeps it for us.
+        image, self._image = self._image, None
+        assert image is not None, "a loader loads once"
         # The bytes are on their way while the skeleton is made.
-        run = self._copier.begin(self._image, torch.device(device_config.device))
+        self._copier.begin(image, self._site)
         try:
             model = skeleton(model_config, self.load_config)
-            bind(model, self._image, run)
+            bind(model, image, self._site.bytes)
         finally:
             self._copier.finish()
         return model.eval()

@@ -50,6 +50,11 @@ class Shelf(Generic[T]):
         self._discard = discard
         self._parked: list[Parked[T]] = []
 
+    @property
+    def all(self) -> tuple[Parked[T], ...]:
+        """Who came last comes last."""
+        return tuple(self._parked)
+
     def on(self, gpu_id: int) -> list[Parked[T]]:
         return [parked for parked in self._parked if parked.berth.gpu_ids[0] == gpu_id]
 

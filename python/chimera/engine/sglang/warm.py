@@ -11,8 +11,9 @@ import importlib.metadata
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,12 +26,14 @@ from chimera.engine.api import NO_PARKING, CannotServe, Holding, Leave, Order, P
 from chimera.engine.sglang.council import Council, place_of
 from chimera.engine.sglang.engine import Aside, SglangEngine
 from chimera.engine.sglang.images import key_of, loading_from, takes_images, witnessed
+from chimera.engine.sglang.prefixes import Prefixes
 from chimera.engine.sglang.shelf import Berth, Parked, Shelf
 from chimera.errors import WeightsError
 from chimera.msg.actions import Place
 from chimera.msg.stream import Payload, Sampling, TokenDelta
 from chimera.weights.copier import Copier, copier_for
 from chimera.weights.image import Canary, Contents, Image
+from chimera.weights.site import Site
 from chimera.weights.source import require_sound, stamps
 from chimera.weights.store import ImageKey, WeightStore
 
@@ -51,13 +54,18 @@ class WarmEngine:
     def __init__(self, bare: SglangEngine, store: WeightStore, parking: Parking = NO_PARKING) -> None:
         self._bare = bare
         self._store = store
-        # Weights on a device have no place yet that they could leave and come back to.
-        most = parking.models if _device_kind() == "cpu" else 0
-        self._shelf: Shelf[Aside] = Shelf(most, parking.nbytes, bare.discard)
+        self._host_kv_bytes = parking.host_kv_bytes
+        self._shelf: Shelf[_Kept] = Shelf(parking.models, parking.nbytes, self._discard)
+        self._watch: Callable[[str, int], object] = _unwatched
         self._up: _Up | None = None
         """The model that is up, if it may be parked."""
+        self._on_cpu = _device_kind() == "cpu"
         self._copier: Copier = copier_for(_device_kind())
         self._engine = f"sglang {importlib.metadata.version('sglang')}, torch {torch.__version__}"
+
+    def watch(self, watch: Callable[[str, int], object]) -> None:
+        """From now on `watch` hears what is done with so many more bytes of a model whose image is built."""
+        self._watch = watch
 
     def prepare(self, model: ModelSpec, *, gpu_ids: tuple[int, ...]) -> int:
         """Have the model's image built, if it is not there; an image that is there is read and held against its checksums.
@@ -92,9 +100,11 @@ class WarmEngine:
             if image is not None:
                 self._require_right(image)
         except CannotServe:
-            self._up = None
-            self._bare.deactivate()
+            self._forget_up()
             raise
+        if self._up is not None and self._up.prefixes is not None:
+            self._bare.plant(self._up.prefixes)
+            self._up = self._up._replace(prefixes=None)
         return vitals
 
     def bring_up(
@@ -115,15 +125,23 @@ class WarmEngine:
                 image = self._image(model, gpu_ids)
         if image is None or image.contents.unfit:
             return self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes), None
-        berth = Berth(model=model, image=image.path.name, gpu_ids=gpu_ids, ceiling_bytes=ceiling_bytes)
+        # Copied to where it lay, an image is only right with the layout that it had then.
+        made = f"{image.path.name} {hash(image.contents.entries):x}"
+        berth = Berth(model=model, image=made, gpu_ids=gpu_ids, ceiling_bytes=ceiling_bytes)
         parked = self._shelf.take(berth)
         if parked is not None and ceiling_bytes is not None:
-            self._up = _Up(berth, parked.build_s, parked.nbytes)
-            return self._bare.resume(parked.what, ceiling_bytes if kv_bytes is None else kv_bytes), image
+            return self._return(parked, image, ceiling_bytes if kv_bytes is None else kv_bytes), image
         began_s = time.monotonic()
-        with _refusing(), loading_from(image, self._copier):
-            vitals = self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
-        self._up = _Up(berth, time.monotonic() - began_s, 0)
+        with _refusing():
+            site = self._site(image, gpu_ids[0])
+        self._up = _Up(berth, image, site, 0.0, 0)
+        try:
+            with _refusing(), loading_from(image, self._copier, site):
+                vitals = self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes)
+        except CannotServe:
+            self._forget_up()
+            raise
+        self._up = self._up._replace(build_s=time.monotonic() - began_s)
         return vitals, image
 
     def _bring_up_part(
@@ -135,11 +153,41 @@ class WarmEngine:
         if self.takes_image(model):
             with _refusing():
                 image = self._image_of_part(model, gpu_ids, place)
-        with _refusing(), nullcontext() if image is None else loading_from(image, self._copier):
-            vitals = self._bare.activate(
-                model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes, place=place_of(place, "up")
-            )
+        if image is not None:
+            with _refusing():
+                site = self._site(image, gpu_ids[place.rank])
+            berth = Berth(model=model, image=image.path.name, gpu_ids=gpu_ids, ceiling_bytes=ceiling_bytes)
+            self._up = _Up(berth, image, site, 0.0, 0)
+        try:
+            with _refusing(), nullcontext() if image is None else loading_from(image, self._copier, site):
+                vitals = self._bare.activate(
+                    model, gpu_ids=gpu_ids, kv_bytes=kv_bytes, ceiling_bytes=ceiling_bytes, place=place_of(place, "up")
+                )
+        except CannotServe:
+            self._forget_up()
+            raise
         return vitals, image
+
+    def _return(self, parked: Parked[_Kept], image: Image, kv_bytes: int) -> Vitals:
+        """The bytes are on their way to where they lay while the cache gets its memory."""
+        aside, site = parked.what
+        self._up = _Up(parked.berth, image, site, parked.build_s, parked.nbytes, aside.prefixes)
+        aside.prefixes = None
+        try:
+            with _refusing():
+                self._copier.begin(image, site)
+        except CannotServe:
+            self._up = None
+            self._discard(parked.what)
+            raise
+        try:
+            vitals = self._bare.resume(aside, kv_bytes)
+        except CannotServe:
+            self._copier.finish()
+            self._forget_up()
+            raise
+        self._copier.finish()
+        return vitals
 
     def serve(self, post: Post) -> None:
         self._bare.serve(post)
@@ -151,13 +199,47 @@ class WarmEngine:
         return self._bare.holding()
 
     def deactivate(self) -> None:
+        if not self._park():
+            self._forget_up()
+
+    def _park(self) -> bool:
+        if self._up is None or not self._shelf.most:
+            return False
+        aside = self._bare.set_aside(self._host_kv_bytes)
+        if aside is None:
+            return False
+        self._make_host_room(aside)
         up, self._up = self._up, None
-        if up is not None and self._shelf.most:
-            aside = self._bare.set_aside()
-            if aside is not None:
-                self._shelf.put(Parked(berth=up.berth, what=aside, nbytes=aside.nbytes, build_s=up.build_s))
-                return
+        self._copier.leave(up.site)
+        self._shelf.put(Parked(berth=up.berth, what=_Kept(aside, up.site), nbytes=aside.nbytes, build_s=up.build_s))
+        return True
+
+    def _make_host_room(self, newest: Aside) -> None:
+        """Prefixes of those who have been away longest go."""
+        kept = [newest, *(parked.what.aside for parked in reversed(self._shelf.all))]
+        left_bytes = self._host_kv_bytes
+        for aside in kept:
+            left_bytes -= 0 if aside.prefixes is None else aside.prefixes.nbytes
+            if left_bytes < 0:
+                aside.prefixes = None
+
+    def _forget_up(self) -> None:
+        up, self._up = self._up, None
         self._bare.deactivate()
+        if up is not None:
+            self._close(up.site)
+
+    def _discard(self, kept: _Kept) -> None:
+        self._bare.discard(kept.aside)
+        self._close(kept.site)
+
+    def _site(self, image: Image, gpu_id: int) -> Site:
+        return self._copier.site(image, torch.device("cpu") if self._on_cpu else torch.device("cuda", gpu_id))
+
+    def _close(self, site: Site) -> None:
+        """Nobody is left who could touch it."""
+        self._copier.leave(site)
+        site.close()
 
     def remains(self, gpu_id: int) -> Remains:
         parked = self._shelf.on(gpu_id)
@@ -234,7 +316,7 @@ class WarmEngine:
         if takes_images(model):
             _require_whole(_folder(model))
         room_bytes = model.kv_bytes(_CANARY_ROOM_TOKENS)
-        with witnessed() as witness:
+        with witnessed(partial(self._watch, "read")) as witness:
             where = None if council is None else council.place_for("built")
             vitals = self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=room_bytes, place=where)
         try:
@@ -254,7 +336,7 @@ class WarmEngine:
                     canary=canary,
                     build_s=time.monotonic() - began_s,
                 )
-            image = self._store.put(key, contents, [] if survey is None else survey.pieces)
+            image = self._store.put(key, contents, [] if survey is None else survey.pieces, partial(self._watch, "copied"))
         finally:
             self._bare.deactivate()
         if contents.unfit:
@@ -267,8 +349,10 @@ class WarmEngine:
 
     def _tried(self, key: ImageKey, image: Image, model: ModelSpec, gpu_ids: tuple[int, ...], council: Council | None) -> Image:
         """A model whose image does not bring it back right loads from its files, now and later; the log says so."""
+        with _refusing():
+            site = self._site(image, gpu_ids[0 if council is None else council.place.rank])
         try:
-            with _refusing(), loading_from(image, self._copier):
+            with _refusing(), loading_from(image, self._copier, site):
                 where = None if council is None else council.place_for("tried")
                 self._bare.activate(model, gpu_ids=gpu_ids, kv_bytes=model.kv_bytes(_CANARY_ROOM_TOKENS), place=where)
             wrong = self._wrong(image)
@@ -278,10 +362,15 @@ class WarmEngine:
             wrong = str(fault)
         finally:
             self._bare.deactivate()
+            self._close(site)
         if not wrong:
             return image
         log.warning("model=%s loads from its files each time reason=%s", model.name, wrong)
         return self._store.put(key, Contents(key=key.name, model=model.name, data_bytes=0, entries=(), unfit=wrong), [])
+
+
+def _unwatched(doing: str, nbytes: int) -> None:
+    """Nobody looks on."""
 
 
 _MISSING, _UNFIT, _THERE = "missing", "unfit", "there"
@@ -294,11 +383,21 @@ def _word(image: Image | None) -> str:
     return _UNFIT if image.contents.unfit else _THERE
 
 
+class _Kept(NamedTuple):
+    aside: Aside
+    site: Site
+
+
 class _Up(NamedTuple):
     berth: Berth
+    image: Image
+    """In use as long as its model is up."""
+    site: Site
     build_s: float
     kept_bytes: int
     """What was kept of it while it was away."""
+    prefixes: Prefixes | None = None
+    """Until it has answered its canary."""
 
 
 class _Question:
