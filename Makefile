@@ -32,7 +32,7 @@ models: $(MODELS)/.made ## the random tiny models that the other model_configs/c
 
 # The oldest, the pinned and the newest SGLang that `engine/sglang/versions.py` allows, over the same other packages.
 RELEASES := 0.5.16 0.5.20 0.5.23
-SMOKE    := tests/engine/allocator_cases.py tests/engine/test_sglang.py tests/engine/test_elastic.py
+SMOKE    := tests/engine/allocator_cases.py tests/engine/test_sglang.py tests/engine/test_elastic.py tests/engine/test_gang.py
 
 test-sglang-matrix: $(RELEASES:%=.sglang/%) ## the engine's smoke suite on each supported release of SGLang
 	@for release in $(RELEASES); do echo "test-sglang-matrix: SGLang $$release"; \

@@ -1,6 +1,9 @@
 """Two workers that serve one model together, as their agent sees them: orders go to the first, on behalf of both GPUs."""
 
+import contextlib
+import os
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -53,8 +56,14 @@ class Pair(Hired):
         self.channel.send(actions.Recall(**order, deadline_s=time.monotonic() + within_s, reason="a test takes"))
 
     def dismiss(self) -> None:
-        super().dismiss()
-        self.second.dismiss()
+        """Ranks that have come out of step wait for each other, and read no order to stop."""
+        try:
+            super().dismiss()
+            self.second.dismiss()
+        finally:
+            for pid in (self.pid, self.second.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
 
 
 class RestlessPair:

@@ -27,7 +27,7 @@ from tests.agent.rig import alive, system
 from tests.engine.crowd import Crowd, wishes
 from tests.engine.pair import Pair, RestlessPair, hire_pair
 from tests.engine.test_elastic import CEILING, PAGE_BYTES, TOKEN_BYTES, assert_greedy, lease, pool_bytes
-from tests.worker.stage import PATIENCE_S, Stage, model, payload
+from tests.worker.stage import PATIENCE_S, Hired, Stage, model, payload
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -50,7 +50,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def stage(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Iterator[Stage]:
-    stage = Stage(tmp_path_factory.mktemp("d"), "sglang", "--images", str(images))
+    stage = Stage(tmp_path_factory.mktemp("d"), "sglang", "--images", str(images), "--parked-models", "2")
     yield stage
     stage.close()
 
@@ -67,7 +67,7 @@ def spec(checkpoints: Path) -> ModelSpec:
     return model("llama", str(checkpoints / "llama"), kv_bytes_per_token=TOKEN_BYTES // 2, tp_size=2)
 
 
-def test_greedy_answers_are_transformers_while_both_leases_move(
+def test_llamas_greedy_answers_over_two_ranks_are_transformers_while_both_leases_move(
     stage: Stage, pair: Pair, checkpoints: Path, record_property: Callable[[str, object], None]
 ) -> None:
     tiny = spec(checkpoints)
@@ -110,6 +110,29 @@ def test_a_gang_leaves_and_its_workers_become_another_together(stage: Stage, pai
         for member in (pair, pair.second):
             member.leave("llama", epoch)
             member.inbox.next(events.ReplicaStopped, past=LEASE_NEWS)
+
+
+def test_a_worker_with_a_parked_model_joins_a_gang_and_is_alone_again_afterwards(
+    stage: Stage, pair: Pair, checkpoints: Path
+) -> None:
+    alone, both = model("alone", str(checkpoints / "llama"), kv_bytes_per_token=TOKEN_BYTES), spec(checkpoints)
+    answers = []
+    for name in ("before", "after"):
+        epoch = Hired.activate(pair, alone, lease=lease(CEILING))
+        pair.inbox.next(events.ReplicaReady)
+        pair.submit(name, epoch, payload([5] * 20, 8))
+        answers += stage.finished(name)
+        pair.leave("alone", epoch)
+        stopped = pair.inbox.next(events.ReplicaStopped, past=LEASE_NEWS)
+        assert stopped.kept.models == ("alone",)
+        epoch, _ = pair.become(both, lease=lease(CEILING))
+        assert pair.inbox.next(events.PagesKept, past=LEASE_NEWS).kept.models == (), "a gang needs the process's own groups"
+        pair.submit(f"both-{name}", epoch, payload([5] * 20, 8))
+        answers += stage.finished(f"both-{name}")
+        for member in (pair, pair.second):
+            member.leave("llama", epoch)
+            member.inbox.next(events.ReplicaStopped, past=LEASE_NEWS)
+    assert [answer.tokens for answer in answers] == [answers[0].tokens] * 4
 
 
 def test_heads_that_do_not_divide_are_refused_by_every_rank_and_nothing_is_left_half_built(

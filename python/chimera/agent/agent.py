@@ -122,8 +122,8 @@ class Agent:
         self._done: list[Entry] = []
         """What was done to leases since control last heard of it."""
         self._timer: asyncio.TimerHandle | None = None
-        self._to_prepare = deque(prepare)
-        """Models whose first activation shall not have to wait for what can be done before."""
+        self._to_prepare = deque(model for model in prepare if model.tp_size == 1)
+        """Models whose first activation shall not have to wait for what one worker can do before."""
         self._prepare_at_once = prepare_at_once
         self._prepare_timer: asyncio.TimerHandle | None = None
         self._stopping = False
