@@ -121,7 +121,7 @@ def processes() -> dict[str, list[int]]:
 
 
 BOXES = {
-    "chimera serve": (300, 20, "supervisor", "starts the others, watches them, restarts what dies"),
+    "chimera serve": (300, 20, "supervisor", "starts the others, restarts what dies"),
     "chimera.server": (20, 150, "front-end", "HTTP, tokenising, SSE, the dashboard"),
     "chimera.control": (300, 150, "control", "dispatcher and placement, records"),
     "chimera.agent": (580, 150, "agent", "one GpuScheduler per GPU, leases"),
@@ -129,14 +129,14 @@ BOXES = {
     "chimera.worker": (300, 280, "workers", "one model each, or EMPTY"),
 }
 ARROWS = (
-    ((250, 190), (300, 190), "requests"),
-    ((530, 190), (580, 190), "actions"),
-    ((695, 230), (695, 280), "fork"),
-    ((580, 230), (500, 280), "submit, leases"),
-    ((300, 300), (160, 230), "tokens"),
-    ((415, 90), (415, 150), ""),
-    ((300, 80), (160, 150), ""),
-    ((530, 80), (660, 150), ""),
+    ((250, 190), (300, 190), ""),
+    ((530, 190), (580, 190), ""),
+    ((695, 230), (695, 280), ""),
+    ((600, 230), (500, 280), ""),
+    ((300, 310), (135, 230), "tokens, straight"),
+    ((415, 100), (415, 150), ""),
+    ((300, 85), (175, 150), ""),
+    ((530, 85), (655, 150), ""),
 )
 STYLE = """
 text { font: 12px ui-sans-serif, system-ui, sans-serif; fill: #1e1d1a } .soft { fill: #5f5c55; font-size: 11px }
@@ -157,7 +157,7 @@ def drawing(found: dict[str, list[int]]) -> str:
     for (x0, y0), (x1, y1), word in ARROWS:
         parts.append(f'<path d="M{x0} {y0}L{x1} {y1}" marker-end="url(#to)"/>')
         if word:
-            parts.append(f'<text class="soft" x="{(x0 + x1) / 2}" y="{(y0 + y1) / 2 - 6}" text-anchor="middle">{word}</text>')
+            parts.append(f'<text class="soft" x="{(x0 + x1) / 2 + 6}" y="{(y0 + y1) / 2 - 6}">{word}</text>')
     for module, (x, y, name, what) in BOXES.items():
         mib = found.get(module, [])
         many = f"{len(mib)} × " if len(mib) > 1 else ""

@@ -1,11 +1,12 @@
 """What it costs to see: metrics and records on against off, on the simulated engine at full load.
 
 Two servers, alike but for `--no-metrics`. A block is so many streamed completions, so many of them at a time, to one of the
-two; whose turn it is changes in pairs (on, off, off, on). What is compared is the CPU time of all the server's processes for
-each event that a client was sent; the ratio's interval is a bootstrap over the pairs. A third question is what a viewer of the
+two; whose turn it is changes in pairs (on, off, off, on). What is compared is the CPU time of all the server's processes,
+engines included, for each token; the ratio's interval is a bootstrap over the pairs. A request's rows cost the same however
+long its answer is, so with `--tokens 32` they weigh four times as much as with 128. A third question is what a viewer of the
 dashboard costs an idle server.
 
-    python benchmark/micro/observability.py [--pairs 12] [--requests 300]
+    python benchmark/micro/observability.py [--pairs 12] [--requests 300] [--tokens 128]
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def main() -> int:
     options = parser(__doc__)
     options.add_argument("--pairs", type=int, default=12, help="of blocks (default: %(default)s)")
     options.add_argument("--requests", type=int, default=300, help="in a block (default: %(default)s)")
-    options.add_argument("--at-once", type=int, default=32, help="(default: %(default)s)")
-    options.add_argument("--tokens", type=int, default=32, help="of each answer (default: %(default)s)")
+    options.add_argument("--at-once", type=int, default=64, help="(default: %(default)s)")
+    options.add_argument("--tokens", type=int, default=128, help="of each answer (default: %(default)s)")
     options.add_argument("--viewing-s", type=float, default=20.0, help="how long a viewer looks on (default: %(default)s)")
     arguments = options.parse_args()
     figures = Figures("what it costs to see", seed=arguments.seed)
@@ -73,7 +74,7 @@ async def measure(figures: Figures, houses: dict[str, House], arguments: argpars
             if number:  # the first warms up
                 told[name].append(us)
     for name, costs in told.items():
-        figures.samples(f"CPU for each event, {name}", costs, "µs")
+        figures.samples(f"CPU for each token, {name}", costs, "µs")
     logs = [math.log(on / off) for on, off in zip(told["on"], told["off"], strict=True)]
     dice = random.Random(arguments.seed)
     means = [statistics.fmean(dice.choices(logs, k=len(logs))) for _ in range(RESAMPLED)]
@@ -86,24 +87,22 @@ async def measure(figures: Figures, houses: dict[str, House], arguments: argpars
 
 
 async def block(house: House, arguments: argparse.Namespace) -> float:
-    """µs of CPU for each event."""
+    """µs of CPU for each token."""
     before = house.cpu_s
     waiting = list(range(arguments.requests))
-    events = 0
 
     async with aiohttp.ClientSession(house.url) as client:
 
         async def one() -> None:
-            nonlocal events
             while waiting:
                 number = waiting.pop()
                 body = {"model": f"m{number % 4}", "prompt": "hello", "max_tokens": arguments.tokens, "stream": True}
                 async with client.post("/v1/completions", json=body) as response:
-                    events += (await response.read()).count(b"\n\n")
+                    assert (await response.read()).endswith(b"data: [DONE]\n\n")
 
         await asyncio.gather(*(one() for _ in range(arguments.at_once)))
     await asyncio.sleep(SETTLE_S)
-    return 1e6 * (house.cpu_s - before) / events
+    return 1e6 * (house.cpu_s - before) / (arguments.requests * arguments.tokens)
 
 
 async def viewing(house: House, seconds: float) -> tuple[float, float]:
@@ -111,13 +110,13 @@ async def viewing(house: House, seconds: float) -> tuple[float, float]:
     async with aiohttp.ClientSession(house.url) as client:
         idle = await taken(house, seconds)
         async with client.get("/sight") as stream:
-            reading = asyncio.create_task(read(stream))
+            reading = asyncio.create_task(sights(stream))
             seen = await taken(house, seconds)
             reading.cancel()
     return idle, seen
 
 
-async def read(stream: aiohttp.ClientResponse) -> None:
+async def sights(stream: aiohttp.ClientResponse) -> None:
     async for _ in stream.content:
         pass
 
