@@ -13,6 +13,8 @@ from tests.test_layering import PACKAGE, imports_of
 PROJECT = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text())["project"]
 # Chosen by machine, in requirements/: SGLang and what comes with it.
 BY_MACHINE = {"sglang", "torch", "transformers", "zmq"}
+# Of an extra, whose room imports it only when it is asked for.
+BY_EXTRA = {"opentelemetry": "traces"}
 DISTRIBUTION = {
     "cuda": "cuda-bindings",
     "huggingface_hub": "huggingface-hub",
@@ -25,7 +27,10 @@ DISTRIBUTION = {
 
 def imported() -> set[str]:
     tops = {name.partition(".")[0] for path in PACKAGE.rglob("*.py") for name in imports_of(path.read_text())}
-    return {DISTRIBUTION.get(top, top) for top in tops - BY_MACHINE - set(sys.stdlib_module_names) - {"chimera", ""}}
+    return {
+        DISTRIBUTION.get(top, top)
+        for top in tops - BY_MACHINE - BY_EXTRA.keys() - set(sys.stdlib_module_names) - {"chimera", ""}
+    }
 
 
 def named(lines: Iterable[str]) -> set[str]:
@@ -40,6 +45,11 @@ def requirements(machine: str) -> set[str]:
 
 def test_the_package_depends_on_exactly_what_it_imports() -> None:
     assert named(PROJECT["dependencies"]) == imported()
+
+
+def test_an_extra_names_what_is_imported_only_with_it() -> None:
+    for top, extra in BY_EXTRA.items():
+        assert any(name.startswith(top) for name in named(PROJECT["optional-dependencies"][extra]))
 
 
 def test_the_set_for_a_machine_without_a_gpu_is_complete() -> None:
