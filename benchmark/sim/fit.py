@@ -40,15 +40,17 @@ def main() -> int:
     arguments = options.parse_args()
     snapshot = json.loads(_get(arguments.url, "/snapshot"))
     model = next(m for m in snapshot["models"] if arguments.model in (None, m["name"]))
-    table = fitted(arguments.url, model, json.loads(read_cost_table(arguments.base)))
+    table = fitted(model, json.loads(read_cost_table(arguments.base)), *measured(arguments.url, model["name"]))
     arguments.out.write_text(json.dumps(table, indent=2) + "\n")
     return 0
 
 
-def fitted(url: str, model: Mapping[str, Any], table: dict[str, Any]) -> dict[str, Any]:
-    """The table with what one model of the server tells, as the server's snapshot describes it."""
+Points = list[tuple[int, float]]
+
+
+def fitted(model: Mapping[str, Any], table: dict[str, Any], ttft: Points, tpot: Points) -> dict[str, Any]:
+    """The table with what one model tells, as a server's snapshot describes it: TTFT by prompt tokens, TPOT by sequences."""
     name, weight_bytes = model["name"], model["weight_bytes"]
-    ttft, tpot = measured(url, name)
     half_pair_s, token_s, first_s = (float(c) for c in numpy.polyfit(*zip(*ttft, strict=True), deg=2))
     sequence_s, step_s = (float(c) for c in numpy.polyfit(*zip(*tpot, strict=True), deg=1))
     read_s = weight_bytes / table["weight_bytes_per_s"]
@@ -64,19 +66,20 @@ def fitted(url: str, model: Mapping[str, Any], table: dict[str, Any]) -> dict[st
     return told | {"sources": table["sources"] | dict.fromkeys(found, source)}
 
 
-Points = list[tuple[int, float]]
-
-
 def measured(url: str, name: str) -> tuple[Points, Points]:
     """TTFT by prompt tokens and TPOT by sequences, of one model alone."""
     draw = random.Random(1)
     for length in PROMPTS:
         _ask(url, name, _prompt(draw, length), 2)
     ttft = [(length, min(_ask(url, name, _prompt(draw, length), 2)[0] for _ in range(REPEATS))) for length in PROMPTS]
-    tpot = [(count, min(_together(url, name, draw, count) for _ in range(5))) for count in AT_ONCE]
+    tpot = paces(url, name, draw)
     for what, points in (("TTFT by prompt tokens", ttft), ("TPOT by sequences", tpot)):
         print(f"# {name}: {what}:", ", ".join(f"{x}: {1e3 * y:.2f} ms" for x, y in points))
     return ttft, tpot
+
+
+def paces(url: str, name: str, draw: random.Random) -> Points:
+    return [(count, min(_together(url, name, draw, count) for _ in range(5))) for count in AT_ONCE]
 
 
 def _prompt(draw: random.Random, length: int) -> list[int]:

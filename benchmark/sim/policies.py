@@ -49,6 +49,7 @@ def main() -> int:
     options.add_argument("--traces", type=Path, default=TRACES)
     options.add_argument("--kept", type=Path, help="runs that were made before; new ones are added")
     options.add_argument("--no-rates", action="store_true", help="leave out the search for the rates at 99 %% TTFT")
+    options.add_argument("--rates-only", action="store_true", help="nothing but that search")
     arguments = options.parse_args()
     if not arguments.traces.is_dir():
         print(f"no traces at {arguments.traces}; give --traces", file=sys.stderr)
@@ -60,8 +61,10 @@ def main() -> int:
         "policies on paper", seed=arguments.seed, facts={"costs": costs().machine, "seeds": str(arguments.seeds)}
     )
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    means = _table(figures, cells, policies, seeds, arguments.traces, _Kept(arguments.kept))
-    if OURS in policies and len(policies) > 1:
+    means = {}
+    if not arguments.rates_only:
+        means = _table(figures, cells, policies, seeds, arguments.traces, _Kept(arguments.kept))
+    if means and OURS in policies and len(policies) > 1:
         _verdict(figures, means, policies)
     if not arguments.no_rates:
         _rates(figures, sorted({(cell.trace, cell.from_s, cell.to_s) for cell in cells}), arguments.seed, arguments.traces)

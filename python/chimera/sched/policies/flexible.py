@@ -58,9 +58,9 @@ class Flexible(msgspec.Struct, frozen=True):
         self._warm_up(plan)
         self._put_to_use(plan)
         stirring = any(d.open or d.waiting for d in question.snapshot.demands.values())
-        pressed = stirring and bool(plan.pressed(self.pressed, self.least_gain_per_s))
+        pressed = plan.pressed(self.pressed, self.least_gain_per_s) if stirring else []
         if pressed:
-            self._relieve(plan)
+            self._relieve(plan, pressed)
             self._withdraw(plan)
         board.keep_house()
         return board.decision(TICK_S if pressed or board.seatless() else CALM_S)
@@ -104,11 +104,11 @@ class Flexible(msgspec.Struct, frozen=True):
                 plan.add(model, gang, reason, weighed((*scores, ("leave it as it is", 0.0, False)), OVERLAP))
                 return
 
-    def _relieve(self, plan: _Plan) -> None:
+    def _relieve(self, plan: _Plan, pressed: list[ModelSpec]) -> None:
         """The one more replica that promises the most, if it is worth it."""
         best: tuple[float, ModelSpec, tuple[int, ...]] | None = None
         seen: list[tuple[float, ModelSpec, tuple[int, ...]]] = []
-        for model in plan.pressed(self.pressed, self.least_gain_per_s)[: self.looked_at]:
+        for model in pressed[: self.looked_at]:
             most = sum(plan.lost_on(seat) for seat in plan.board.seats_of(model.name))
             for gang in self._places(plan, model):
                 price = self._price(plan, model, gang)
