@@ -73,6 +73,12 @@ def test_more_room_shows_more() -> None:
     assert sum(line.startswith("m") for line in text(shown, 80, 60)) > sum(line.startswith("m") for line in text(shown))
 
 
+def test_the_busiest_come_first_and_those_that_are_down_last() -> None:
+    shown = view(4)
+    assert shown.see(sight(replicas=(Standing(2, 0, ReplicaState.SERVING, (0,)),), pulses=(Pulse(3, waiting=5),)))
+    assert [line.split()[0] for line in text(shown) if line.startswith("m")] == ["m3", "m2", "m0", "m1"]
+
+
 def test_a_wild_name_is_spelled_out_and_wide_letters_count_twice() -> None:
     picture = text(view(names=(WILD, "模型" * 60)))
     assert all(line.isprintable() for line in picture)

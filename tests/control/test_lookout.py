@@ -99,7 +99,7 @@ def test_rates_are_of_the_last_seconds_and_attainment_of_the_last_minutes() -> N
     lookout = Lookout(WALL_S)
     for second in range(400):
         snapshot = house(float(second), "a")
-        lookout.note(snapshot, counted(tokens=10 * second, sent=second, kept=min(second, 250)))
+        lookout.note(snapshot, counted(tokens=10 * max(0, second - 350), sent=second, kept=min(second, 250)))
     asked = msgspec.structs.replace(snapshot, waiting={"a": 3}, demands={"a": Demand(requests_per_s=1.234)})
     (pulse,) = lookout.sight(asked, [], cast=0).pulses
     # Of the 299 seconds that are remembered beside the newest, those up to the 250th kept what was promised.
