@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -63,6 +64,10 @@ class Stream:
         self._thread.join(PATIENCE_S)
         assert not self._thread.is_alive(), "the stream does not end"
         return self.events
+
+    def vanish(self) -> None:
+        """As a client whose machine is gone: no word, and no further reading."""
+        self._connection.sock.shutdown(socket.SHUT_RDWR)
 
     @property
     def whole(self) -> bool:

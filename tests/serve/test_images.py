@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chimera.tiny.maker import make
@@ -46,3 +47,32 @@ def test_a_servers_own_folder_in_shared_memory_goes_with_it(tmp_path: Path) -> N
         assert list(mine.glob("*.image"))
         until(lambda: len(served.workers()) == 3, "one worker at work and two EMPTY ones")
     assert mine not in folders()
+
+
+def test_a_folder_deleted_while_its_model_serves_is_no_fault_until_it_is_loaded_again(tmp_path: Path) -> None:
+    entries = []
+    for name in ("llama", "qwen3"):
+        make(MODELS[name], tmp_path / name, seed=0)
+        seat = {"gpu_ids": [0], "max_memory_pool_size": 0.05}
+        entries.append({"model_name": name, "model_path": str(tmp_path / name), "init_placements": [seat]})
+    file = tmp_path / "placement.json"
+    file.write_text(json.dumps(entries))
+    with house(file, "--engine", "sglang", "--no-enable-cpu-share-memory", ready=False) as served:
+        until(lambda: served.address[1], "the server to be ready", START_S)
+
+        def ask(name: str) -> tuple[int, Any]:
+            body = {"model": name, "prompt": "hello", "max_tokens": 5, "temperature": 0}
+            return served.ask("POST", "/v1/completions", body)
+
+        status, said = ask("llama")
+        assert status == 200
+        (tmp_path / "llama").rename(tmp_path / "away")
+        assert ask("llama")[1]["choices"] == said["choices"], "what is in memory serves"
+        assert served.ask("POST", "/models/unload", {"model": "llama"})[0] == 200
+        status, told = served.ask("POST", "/models/load", {"model": "llama"})
+        assert status == 503 and "llama" in told["error"]["message"]
+        assert ask("llama")[0] == 503
+        assert ask("qwen3")[0] == 200, "others are left alone"
+        (tmp_path / "away").rename(tmp_path / "llama")
+        assert served.ask("POST", "/models/load", {"model": "llama"})[0] == 200
+        assert ask("llama")[1]["choices"] == said["choices"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,3 +168,20 @@ def test_a_request_says_how_long_its_model_stays(served: House) -> None:
     assert up(served)["b"][0] == "serving"
     status, told = kept(served, "a while")
     assert status == 400 and told["error"]["param"] == "keep_alive"
+
+
+def test_clients_that_vanish_in_mid_stream_leave_no_slot_and_no_memory_in_use(served: House) -> None:
+    def account() -> tuple[int, int]:
+        _, snapshot = served.ask("GET", "/snapshot")
+        views = snapshot["replicas"]
+        return sum(view["running"] + view["queued"] for view in views), sum(view["kv_used_tokens"] for view in views)
+
+    until(lambda: account() == (0, 0), "an idle server")
+    streams = [served.stream("c", 1500).begun() for _ in range(15)]
+    until(lambda: account()[0] == 15 and account()[1] > 0, "all of them in the account")
+    for stream in streams:
+        stream.vanish()
+    gone_s = time.monotonic()
+    until(lambda: account() == (0, 0), "the end of all of them")
+    assert time.monotonic() - gone_s < 3.0, "their answers would have gone on for seven seconds"
+    assert not any(stream.whole for stream in streams)

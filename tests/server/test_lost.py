@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from typing import Any
 
 import aiohttp
@@ -12,7 +13,7 @@ from aiohttp import web
 from chimera.msg.events import Outcome
 
 from tests.server.conftest import Stage, until
-from tests.server.rehearsal import tokens_of
+from tests.server.rehearsal import model, model_folder, tokens_of
 
 CHAT = "/v1/chat/completions"
 ASK = {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 10}
@@ -274,3 +275,16 @@ async def test_a_full_queue_says_how_long_and_where_one_would_have_stood(stage: 
     async with await asking as response:
         told = [response.headers[name] for name in ("Retry-After", "x-estimated-wait", "x-queue-position")]
         assert (response.status, told) == (429, ["4", "3.250", "8"])
+
+
+async def test_a_model_whose_folder_was_deleted_before_it_was_asked_says_so_and_is_served_when_it_is_back(stage: Stage) -> None:
+    folder = model_folder(stage.run_dir / "gone")
+    shutil.rmtree(folder)
+    stage.rehearsal.register(model("gone", folder))
+    await until(lambda: len(stage.front.catalogue.models) == 2)
+    body = {"model": "gone", "prompt": "hello", "max_tokens": 3}
+    status, told = await stage.post("/v1/completions", body)
+    assert (status, told["error"]["code"]) == (503, "model_unavailable") and str(folder) in told["error"]["message"]
+    assert (await stage.post("/v1/completions", {**body, "model": "m"}))[0] == 200
+    model_folder(folder)
+    assert (await stage.post("/v1/completions", body))[0] == 200

@@ -216,6 +216,9 @@ async def test_the_verbs_of_the_command_line(bench: Bench, capsys: pytest.Captur
     assert await chimera("unload", "b", "--now") == (0, "b is down\n")
     assert await chimera("unload", "b") == (0, "b was down already\n")
     assert json.loads((await chimera("pin", "b", "--off", "--json"))[1]) == {"model": "b", "pin": False}
+    status, told = await chimera("policy")
+    assert status == 0 and told.startswith("static (requests go by fcfs)\n") and "[static]" in told and "goodput" in told
+    assert json.loads((await chimera("policy", "--local", "slack", "--json"))[1]) == {"policy": "static", "local": "slack"}
     status, told = await chimera("load", "bb")
     assert status == 1 and "did you mean 'b'" in told
 

@@ -86,7 +86,7 @@ class Catalogue:
             return await asyncio.shield(task)  # one client that leaves must not take it from the others
         except (ConfigError, OSError) as fault:
             self._tokenizers.pop(spec.tokenizer_path, None)  # the operator may mend it
-            raise RequestError("internal_error", f"{spec.name}: {fault}") from None
+            raise RequestError("model_unavailable", f"{spec.name}: {fault}") from None
 
     async def hearing(
         self, spec: ModelSpec, wish: CompletionWish, tokenizer: ModelTokenizer, prompt_ids: Sequence[int]
