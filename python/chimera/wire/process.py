@@ -37,7 +37,34 @@ def fresh_log(path: Path) -> Callable[[bytes], object]:
     if path.exists():
         number = sum(1 for _ in path.parent.glob(f"{path.stem}.*{path.suffix}"))
         path.rename(path.with_suffix(f".{number + 1}{path.suffix}"))
-    return path.open("ab", buffering=0).write
+    return _WholeLines(path).write
+
+
+class _WholeLines:
+    """A log without gaps, or none: where the disk is full it ends with its last whole line, and the process goes on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._bytes = 0
+
+    def write(self, line: bytes) -> None:
+        if self._file.closed:
+            return
+        try:
+            written = self._file.write(line)
+        except OSError as fault:
+            self._end(fault.strerror or str(fault))
+        else:
+            if written == len(line):
+                self._bytes += written
+            else:
+                self._end("there was no room for a whole line")
+
+    def _end(self, why: str) -> None:
+        self._file.truncate(self._bytes)
+        self._file.close()
+        _log.error("nothing more is written to %s: %s; the process goes on", self._path, why)
 
 
 def run(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
