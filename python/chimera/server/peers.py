@@ -19,7 +19,8 @@ from chimera.errors import RequestError
 from chimera.server.bodies import json_response
 from chimera.server.catalogue import Catalogue
 from chimera.server.gate import GUEST
-from chimera.server.operator import LoadOrder, Operator, UnloadOrder
+from chimera.server.operator import Operator
+from chimera.server.orders import LoadOrder, UnloadOrder
 from chimera.server.relay import Relay
 from chimera.server.routes import ABOUT_A_MODEL, Route
 
