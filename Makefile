@@ -6,7 +6,7 @@ READY   := .venv/.ready-$(MACHINE)
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Where pip finds a CPU build of torch, if not by itself: make TORCH_INDEX=URL ... (install.md says which)
 TORCH_INDEX ?=
-FILE    ?= model_configs/cpu_1_gpu_2_model_trained.json
+FILE    ?= model_configs/cpu_1_gpu_3_model.json
 MODELS  := .models
 
 .PHONY: serve test test-all bench models test-sglang-matrix install help clean
@@ -14,7 +14,7 @@ MODELS  := .models
 help:                ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-serve: $(READY)      ## start the server on FILE (default: two small models that answer, no GPU needed)
+serve: $(READY)      ## start the server on FILE (default: three small models that answer, no GPU needed)
 	@$(BIN)/chimera serve $(FILE)
 
 test: $(READY)       ## linter, types and quick tests

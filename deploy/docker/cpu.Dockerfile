@@ -28,4 +28,4 @@ HEALTHCHECK --start-period=2m --interval=10s --timeout=5s \
   CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
 ENTRYPOINT ["chimera"]
 # Whoever reaches the port is let in: publish it to this machine only, or give --keys.
-CMD ["serve", "examples/tiny_models/sums", "examples/tiny_models/shell", "--host", "0.0.0.0", "--open"]
+CMD ["serve", "examples/tiny_models/sums", "examples/tiny_models/shell", "examples/tiny_models/stories", "--host", "0.0.0.0", "--open"]

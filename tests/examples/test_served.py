@@ -1,4 +1,4 @@
-"""`make serve` from end to end: SGLang with the small models, and a question to each."""
+"""`make serve` from end to end: SGLang with the three small models, and a question to each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.serve.house import House, house, until
 
 pytestmark = pytest.mark.slow
 
-FILE = ROOT / "model_configs" / "cpu_1_gpu_2_model_trained.json"
+FILE = ROOT / "model_configs" / "cpu_1_gpu_3_model.json"
 START_S = 180.0
 
 
