@@ -86,6 +86,6 @@ async def test_templates_verdict_on_the_messages_is_the_clients_to_read(stage: S
 async def test_a_model_whose_folder_is_gone_is_our_fault_and_says_which(stage: Stage) -> None:
     (stage.run_dir / "m" / "tokenizer.json").rename(stage.run_dir / "moved")
     status, body = await stage.post("/v1/chat/completions", ASK)
-    assert (status, body["error"]["type"]) == (500, "server_error") and "no tokenizer.json" in body["error"]["message"]
+    assert (status, body["error"]["type"]) == (503, "server_error") and "no tokenizer.json" in body["error"]["message"]
     (stage.run_dir / "moved").rename(stage.run_dir / "m" / "tokenizer.json")
     assert (await stage.post("/v1/chat/completions", ASK))[0] == 200
