@@ -67,7 +67,8 @@ def main() -> int:
     if means and OURS in policies and len(policies) > 1:
         _verdict(figures, means, policies)
     if not arguments.no_rates:
-        _rates(figures, sorted({(cell.trace, cell.from_s, cell.to_s) for cell in cells}), arguments.seed, arguments.traces)
+        windows = {(cell.trace, cell.from_s, cell.to_s) for cell in cells if cell is not HETEROGENEOUS}
+        _rates(figures, sorted(windows), arguments.seed, arguments.traces)
     return figures.finish(arguments.json)
 
 
