@@ -156,7 +156,7 @@ class Life:
 
     def standing(self, activation: actions.Activate, ready: ReplicaReady) -> list[Message]:
         """What an agent must know that comes after the one which started this life. It knows of no pause, so it ends."""
-        self._paused, self._told, self._told_s = False, Stats(), 0.0
+        self._paused_until_s, self._told, self._told_s = None, Stats(), 0.0
         running = tuple(request.request for request in self._open.values() if request.request is not None)
         leaving = self._leave_by_s is not None
         told: list[Message] = [stream.Standing(activation=activation, ready=ready, running=running, leaving=leaving)]
