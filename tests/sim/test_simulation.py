@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 import pytest
@@ -17,7 +17,7 @@ from chimera.sched.policies import POLICIES
 from chimera.sim.chronicle import Chronicle
 from chimera.sim.cluster import Cluster
 from chimera.sim.placing import evenly, gpus_of, promises
-from chimera.sim.run import Outcome, Scenario, simulate
+from chimera.sim.run import Outcome, Scenario, play, simulate
 from chimera.trace.trace import Row, Trace
 from chimera.units import GIB
 from pytest import approx
@@ -109,6 +109,25 @@ def test_the_same_seed_gives_the_same_bytes(policy: str) -> None:
     assert written() == written()
 
 
+def test_rows_are_drawn_as_they_are_sent_and_come_to_the_same_figures() -> None:
+    drawn: list[float] = []
+    ended: list[Story] = []
+    ahead: list[int] = []
+
+    def rows() -> Iterator[Row]:
+        for row in mixed().rows:
+            drawn.append(row.at_s)
+            yield row
+
+    def told(story: Story) -> None:
+        ended.append(story)
+        ahead.append(len(drawn))
+
+    assert play(scenario("flexible"), rows(), told=told) == simulate(scenario("flexible"), mixed())
+    assert len(ended) == len(drawn) == 200
+    assert ahead[0] < 20, "the whole trace was drawn before the first answer"
+
+
 def test_policies_change_under_load_and_no_request_is_lost() -> None:
     names = ["time-sharing", "space-sharing", "flexible", "kvpr", "static"]
     script = [(1.0 + 2 * n, lambda cluster, name=name: cluster.choose_policy(name)) for n, name in enumerate(names)]
@@ -149,6 +168,7 @@ def test_the_schedulers_invariants_hold_at_every_moment_on_paper() -> None:
         costs=COSTS,
         policy="flexible",
         local="goodput",
+        told=lambda story: None,
     )
     for row in mixed().rows:
         cluster.clock.at(5.0 + row.at_s, lambda row=row: cluster.send(row))  # type: ignore[misc]

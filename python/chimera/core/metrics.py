@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 
 import msgspec
@@ -66,8 +67,8 @@ class Latency(msgspec.Struct, frozen=True, kw_only=True):
     p99_s: float | None = None
 
     @classmethod
-    def of(cls, values: Iterable[float | None]) -> Latency:
-        ranked = sorted(value for value in values if value is not None)
+    def of(cls, values: Iterable[float]) -> Latency:
+        ranked = sorted(values)
         if not ranked:
             return cls()
         return cls(
@@ -95,38 +96,102 @@ class Metrics(msgspec.Struct, frozen=True, kw_only=True):
     refusals: dict[str, int] = {}
 
 
-def measure(stories: Sequence[Story]) -> Metrics:
-    sent = len(stories)
-    answered = [story for story in stories if story.answered]
-    times = [story.sent_s for story in stories]
-    span_s = max(times) - min(times) if times else 0.0
-    both = sum(story.keeps_both for story in answered)
-    refusals: dict[str, int] = {}
-    for story in stories:
-        if not story.answered:
+class Tally:
+    """The stories of many requests, without the stories: counts, and three numbers for each that was answered."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+        self.first_s = math.inf
+        self.last_s = -math.inf
+        self.kept_ttft = 0
+        self.kept_tpot = 0
+        self.kept_both = 0
+        self.refusals: dict[str, int] = {}
+        self.ttft = array("d")
+        self.tpot = array("d")
+        self.e2e = array("d")
+
+    def add(self, story: Story) -> None:
+        self.sent += 1
+        self.first_s = min(self.first_s, story.sent_s)
+        self.last_s = max(self.last_s, story.sent_s)
+        if story.last_token_s is None:
             word = story.refusal or "open"
-            refusals[word] = refusals.get(word, 0) + 1
-    return Metrics(
-        sent=sent,
-        answered=len(answered),
-        span_s=span_s,
-        ttft_attainment=_share(sum(story.keeps_ttft for story in answered), sent),
-        tpot_attainment=_share(sum(story.keeps_tpot for story in answered), sent),
-        joint_attainment=_share(both, sent),
-        goodput_per_s=both / span_s if span_s else 0.0,
-        throughput_per_s=len(answered) / span_s if span_s else 0.0,
-        ttft=Latency.of(story.ttft_s for story in answered),
-        tpot=Latency.of(story.tpot_s for story in answered),
-        e2e=Latency.of(s.last_token_s - s.sent_s for s in answered if s.last_token_s is not None),
-        refusals=dict(sorted(refusals.items())),
-    )
+            self.refusals[word] = self.refusals.get(word, 0) + 1
+            return
+        ttft_s, tpot_s = story.ttft_s, story.tpot_s
+        in_time, at_pace = _kept(ttft_s, story.slo.ttft_s), _kept(tpot_s, story.slo.tpot_s)
+        self.kept_ttft += in_time
+        self.kept_tpot += at_pace
+        self.kept_both += in_time and at_pace
+        self.e2e.append(story.last_token_s - story.sent_s)
+        if ttft_s is not None:
+            self.ttft.append(ttft_s)
+        if tpot_s is not None:
+            self.tpot.append(tpot_s)
+
+    def include(self, other: Tally) -> None:
+        self.sent += other.sent
+        self.first_s, self.last_s = min(self.first_s, other.first_s), max(self.last_s, other.last_s)
+        self.kept_ttft += other.kept_ttft
+        self.kept_tpot += other.kept_tpot
+        self.kept_both += other.kept_both
+        for word, count in other.refusals.items():
+            self.refusals[word] = self.refusals.get(word, 0) + count
+        self.ttft += other.ttft
+        self.tpot += other.tpot
+        self.e2e += other.e2e
+
+    def metrics(self) -> Metrics:
+        sent, answered = self.sent, len(self.e2e)
+        span_s = self.last_s - self.first_s if sent else 0.0
+        return Metrics(
+            sent=sent,
+            answered=answered,
+            span_s=span_s,
+            ttft_attainment=_share(self.kept_ttft, sent),
+            tpot_attainment=_share(self.kept_tpot, sent),
+            joint_attainment=_share(self.kept_both, sent),
+            goodput_per_s=self.kept_both / span_s if span_s else 0.0,
+            throughput_per_s=answered / span_s if span_s else 0.0,
+            ttft=Latency.of(self.ttft),
+            tpot=Latency.of(self.tpot),
+            e2e=Latency.of(self.e2e),
+            refusals=dict(sorted(self.refusals.items())),
+        )
+
+
+class Tallies:
+    """One for each model."""
+
+    def __init__(self, stories: Iterable[Story] = ()) -> None:
+        self._of: dict[str, Tally] = {}
+        for story in stories:
+            self.add(story)
+
+    def add(self, story: Story) -> None:
+        tally = self._of.get(story.model)
+        if tally is None:
+            tally = self._of[story.model] = Tally()
+        tally.add(story)
+
+    def metrics(self) -> Metrics:
+        """Of all of them together."""
+        whole = Tally()
+        for tally in self._of.values():
+            whole.include(tally)
+        return whole.metrics()
+
+    def by_model(self) -> dict[str, Metrics]:
+        return {model: self._of[model].metrics() for model in sorted(self._of)}
+
+
+def measure(stories: Iterable[Story]) -> Metrics:
+    return Tallies(stories).metrics()
 
 
 def measure_by_model(stories: Iterable[Story]) -> dict[str, Metrics]:
-    by_model: dict[str, list[Story]] = {}
-    for story in stories:
-        by_model.setdefault(story.model, []).append(story)
-    return {model: measure(by_model[model]) for model in sorted(by_model)}
+    return Tallies(stories).by_model()
 
 
 def percentile(ranked: Sequence[float], percent: float) -> float:

@@ -107,7 +107,7 @@ class ControlScheduler:
 
     def on(self, event: ControlInput, now: float) -> list[Action]:
         actions = list(self._decide(event, now))
-        self._plan.stays.note(now, self._dispatcher.waiting())
+        self._plan.stays.note(now, self._dispatcher.waiting_for)
         self._plan.note_stir(now)
         actions += self._plan.review(self.snapshot, now)
         self._plan.note_stir(now)
@@ -151,7 +151,7 @@ class ControlScheduler:
             case GpuSampled():
                 self.fleet.strangers[event.gpu_id] = event.strangers_bytes
                 self.fleet.stirred = True
-                return []
+                return self._lives.room_changed(event.gpu_id, now)
             case StepsTimed():
                 self._lives.steps_timed(event)
                 return []
@@ -184,8 +184,7 @@ class ControlScheduler:
         if soonest is None or (self._wake_s is not None and self._wake_s <= soonest):
             return None  # To be woken too early costs nothing.
         self._wake_s = soonest
-        held = sum(self._dispatcher.waiting().values())
-        reason = f"{self.fleet.timed} replicas and {held} held requests have a term"
+        reason = f"{self.fleet.timed} replicas and {self._dispatcher.holding} held requests have a term"
         return WakeAt(at_s=soonest, reason=reason)
 
     # What the loop asks.
@@ -301,7 +300,8 @@ class ControlScheduler:
         fleet.strangers = state.strangers
         fleet.wanted = state.wanted
         fleet.models = {model.name: model for model in state.models}
-        fleet.agents = {agent.name: agent for agent in state.agents}
+        for agent in state.agents:
+            fleet.enlist(agent)
         for place in state.places:
             fleet.add(place)
         scheduler._dispatcher.revive(state.held, state.demands, state.paces)

@@ -57,7 +57,7 @@ class Dispatcher:
         self.demands: dict[str, Counter] = {}
         self.paces: dict[str, Pace] = {}
         self._queues: dict[str, Queue] = {}
-        """The held requests of each model."""
+        """The held requests of each model that somebody waits for."""
         self._held: OrderedDict[str, Held] = OrderedDict()
         """All that is held, the longest-held first."""
         self._strict: dict[str, float] = {}
@@ -75,7 +75,15 @@ class Dispatcher:
 
     def waiting(self) -> dict[str, int]:
         """How many are held, of each model that somebody waits for."""
-        return {model: len(queue) for model, queue in self._queues.items() if len(queue)}
+        return {model: len(queue) for model, queue in self._queues.items()}
+
+    def waiting_for(self, model: str) -> int:
+        return len(self._queues.get(model, ()))
+
+    @property
+    def holding(self) -> int:
+        """How many are held in all."""
+        return len(self._held)
 
     def standing(self, request_id: str, now: float) -> tuple[int, float, str] | None:
         """Of one that is held: its place in the queue, how long until its turn as far as can be told, and what it waits for."""
@@ -99,7 +107,7 @@ class Dispatcher:
         return {
             model: counter.view(
                 now,
-                waiting=len(self._queues.get(model, ())),
+                waiting=self.waiting_for(model),
                 open=sum(len(place.routed) for place in self._fleet.places_of(model)),
             )
             for model, counter in self.demands.items()
@@ -220,8 +228,7 @@ class Dispatcher:
         return _reject(request, RejectCode.MODEL_UNAVAILABLE, reason, retry_after_s=wait_s)
 
     def _ahead(self, model: str) -> int:
-        held = self._queues.get(model)
-        return (len(held) if held else 0) + sum(place.overflow for place in self._fleet.places_of(model))
+        return self.waiting_for(model) + sum(place.overflow for place in self._fleet.places_of(model))
 
     def _wait_s(self, model: str) -> float:
         """How long one more request of the model would wait: the queue ahead times the pace, over the replicas."""
@@ -269,13 +276,21 @@ class Dispatcher:
 
     def _unhold(self, request_id: str) -> Request | None:
         held = self._held.pop(request_id, None)
+        if held is None:
+            return None
         self._strict.pop(request_id, None)
-        return None if held is None else self._queues[held.request.model].remove(request_id)
+        self._queues[held.request.model].remove(request_id)
+        self._forget_queue(held.request.model)
+        return held.request
+
+    def _forget_queue(self, model: str) -> None:
+        if not self._queues[model]:
+            del self._queues[model]
 
     def route_held(self, model: str, now: float) -> Iterator[Route]:
-        held = self._queues.get(model)
-        while held and (place := self._choice(model)) is not None:
-            request = held.pop(now)
+        while model in self._queues and (place := self._choice(model)) is not None:
+            request = self._queues[model].pop(now)
+            self._forget_queue(model)
             del self._held[request.request_id]
             self._strict.pop(request.request_id, None)
             yield self._route(request, place, now)

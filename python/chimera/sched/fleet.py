@@ -74,6 +74,10 @@ class Fleet:
         """Bytes of each GPU that processes of others hold."""
         self.stirred = False
         """Something has happened that the policy should hear of soon."""
+        self._having: dict[int, list[str]] = {}
+        """The agents that have each GPU: one, but while a GPU changes hands."""
+        self._awaited: dict[str, Agent] = {}
+        """Those that are away and whose requests still wait for them."""
         self._by_model: dict[str, list[Place]] = {}
         self._on_gpu: dict[int, list[Place]] = {}
         self._timed: set[ReplicaId] = set()
@@ -110,9 +114,9 @@ class Fleet:
 
     def owner(self, seat: Seat) -> str | None:
         """The agent that is here and has every GPU of the seat."""
-        wanted = set(seat.gpu_ids)
-        owners = (a.name for a in self.agents.values() if a.present and wanted <= {gpu.gpu_id for gpu in a.gpus})
-        return next(owners, None)
+        first, *others = seat.gpu_ids
+        owners = (name for name in self._having.get(first, ()) if self.agents[name].present)
+        return next((name for name in owners if all(name in self._having.get(g, ()) for g in others)), None)
 
     def agent_in_life(self, epoch: Epoch) -> str | None:
         """The agent that is here and minted the epoch in its present life."""
@@ -132,7 +136,7 @@ class Fleet:
         return True
 
     def _capacity_bytes(self, gpu_id: int) -> int:
-        gpus = (gpu for agent in self.agents.values() for gpu in agent.gpus)
+        gpus = (gpu for name in self._having.get(gpu_id, ()) for gpu in self.agents[name].gpus)
         return next((gpu.capacity_bytes - self.strangers.get(gpu_id, 0) for gpu in gpus if gpu.gpu_id == gpu_id), 0)
 
     def could_fit(self, model: ModelSpec) -> bool:
@@ -142,7 +146,36 @@ class Fleet:
             return True
         return sum(gpu.capacity_bytes >= self.costs.resident_bytes(model) for gpu in gpus) >= model.tp_size
 
-    # The list of places.
+    # The lists of agents and places.
+
+    def enlist(self, agent: Agent) -> None:
+        """It is here, or here anew."""
+        known = self.agents.get(agent.name)
+        for gpu in () if known is None else known.gpus:
+            self._having[gpu.gpu_id].remove(agent.name)
+        self.agents[agent.name] = agent
+        for gpu in agent.gpus:
+            self._having.setdefault(gpu.gpu_id, []).append(agent.name)
+        self.expect(agent, agent.requests_due_s)
+
+    def expect(self, agent: Agent, requests_due_s: float | None) -> None:
+        """Its requests wait until then for it to come back, or no longer."""
+        agent.requests_due_s = requests_due_s
+        if requests_due_s is None:
+            self._awaited.pop(agent.name, None)
+        else:
+            self._awaited[agent.name] = agent
+
+    def awaited(self) -> list[Agent]:
+        return list(self._awaited.values())
+
+    def holder(self, gpu_id: int) -> Agent | None:
+        """The agent that has the GPU, here or away."""
+        return next((self.agents[name] for name in self._having.get(gpu_id, ())), None)
+
+    def lose(self, agent: Agent, gpu_id: int) -> None:
+        agent.gpus = tuple(gpu for gpu in agent.gpus if gpu.gpu_id != gpu_id)
+        self._having[gpu_id].remove(agent.name)
 
     def add(self, place: Place) -> None:
         self.places[place.replica] = place

@@ -63,7 +63,7 @@ class Lives:
         if place.state is PlaceState.LEAVING:
             yield from self._drop(place, why)
             yield from self.settle(replica.model, now)
-            yield from self._start_absent(list(fleet.places.values()), now)
+            yield from self._start_absent(self._beside(place), now)
             yield from self._dispatcher.refuse_held(replica.model, now)
             fleet.stirred = True
             return
@@ -147,13 +147,13 @@ class Lives:
         """What was to happen by now, with replicas and for the requests of agents that are away."""
         for place in self._fleet.due_by(now):
             yield from self._due(place, now)
-        for agent in self._fleet.agents.values():
+        for agent in self._fleet.awaited():
             if agent.requests_due_s is not None and agent.requests_due_s <= now:
                 yield from self._give_up_routed(agent, set(), "its agent was lost and has not come back")
 
     def due_s(self) -> Iterator[float]:
         yield from self._fleet.dues()
-        yield from (a.requests_due_s for a in self._fleet.agents.values() if a.requests_due_s is not None)
+        yield from (a.requests_due_s for a in self._fleet.awaited() if a.requests_due_s is not None)
 
     def _due(self, place: Place, now: float) -> Iterator[Action]:
         fleet = self._fleet
@@ -193,6 +193,15 @@ class Lives:
                 place.agent = agent
                 reason = place.purpose or f"the placement wants it on GPUs {list(place.seat.gpu_ids)} of {agent}"
                 yield self._activate(place, reason, now)
+
+    def room_changed(self, gpu_id: int, now: float) -> Iterator[Action]:
+        """Processes of others hold more or less of a GPU than before."""
+        yield from self._start_absent(list(self._fleet.on_gpu(gpu_id)), now)
+
+    def _beside(self, place: Place) -> list[Place]:
+        """Whoever may have waited for its room."""
+        near = {other.replica: other for gpu_id in place.seat.gpu_ids for other in self._fleet.on_gpu(gpu_id)}
+        return list(near.values())
 
     def _drop(self, place: Place, why: str) -> Iterator[Action]:
         yield from self._dispatcher.give_back(place, why)
@@ -240,15 +249,16 @@ class Lives:
             if known.present:
                 yield from self.agent_lost(AgentLost(agent=known.name, reason="it came back as a new process"), now)
             yield from self._give_up_routed(known, set(event.requests), "it was lost with its agent")
-        fleet.agents[event.agent] = Agent(
-            name=event.agent, start=event.agent_start, gpus=event.gpus, earlier=event.earlier, elastic=event.elastic
+        fleet.enlist(
+            Agent(name=event.agent, start=event.agent_start, gpus=event.gpus, earlier=event.earlier, elastic=event.elastic)
         )
         yield self.queue_by(event.agent)
         for orphan in known.orphans if known is not None else ():
             if orphan.request_id in event.requests:
                 reason = "its agent was away, and it was sent to its front-end meanwhile"
                 yield Abort(request_id=orphan.request_id, replica=orphan.replica, epoch=orphan.epoch, reason=reason)
-        yield from self._start_absent(list(fleet.places.values()), now)
+        own = {gpu.gpu_id for gpu in event.gpus}
+        yield from self._start_absent([p for p in fleet.places.values() if own.issuperset(p.seat.gpu_ids)], now)
         fleet.stirred = True
 
     def queue_by(self, agent: str) -> QueueBy:
@@ -260,7 +270,8 @@ class Lives:
         agent = fleet.agents.get(event.agent)
         if agent is None or not agent.present:
             return
-        agent.present, agent.requests_due_s = False, now + fleet.limits.agent_return_s
+        agent.present = False
+        fleet.expect(agent, now + fleet.limits.agent_return_s)
         for place in [place for place in fleet.places.values() if place.agent == event.agent]:
             if place.state is PlaceState.LEAVING:
                 yield from self._drop(place, event.reason)
@@ -271,7 +282,7 @@ class Lives:
 
     def _give_up_routed(self, agent: Agent, kept: set[str], reason: str) -> Iterator[Action]:
         """An agent's requests wait for it no longer, but for those that it still has; the others are brought again."""
-        agent.requests_due_s = None
+        self._fleet.expect(agent, None)
         for orphan, requeue in self._dispatcher.orphan(agent.lives, kept, reason):
             agent.orphans.append(orphan)
             yield requeue
@@ -279,10 +290,10 @@ class Lives:
     def gpu_lost(self, event: GpuLost, now: float) -> Iterator[Action]:
         """What has a rank there is lost; it waits for nobody, and goes elsewhere if its policy finds a place."""
         fleet = self._fleet
-        agent = next((a for a in fleet.agents.values() if any(gpu.gpu_id == event.gpu_id for gpu in a.gpus)), None)
+        agent = fleet.holder(event.gpu_id)
         if agent is None:
             return
-        agent.gpus = tuple(gpu for gpu in agent.gpus if gpu.gpu_id != event.gpu_id)
+        fleet.lose(agent, event.gpu_id)
         why = f"GPU {event.gpu_id} is lost: {event.reason}"
         for place in list(fleet.on_gpu(event.gpu_id)):
             if place.state is PlaceState.LEAVING:

@@ -5,7 +5,7 @@ Knows when nobody uses a model, and is told the time. What becomes of one whose 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -37,10 +37,10 @@ class Stays:
     def forget(self, model: str) -> None:
         self.asked.pop(model, None)
 
-    def note(self, now: float, waiting: dict[str, int]) -> None:
+    def note(self, now: float, waiting_for: Callable[[str], int]) -> None:
         """After whatever has happened: who is used by nobody since now."""
         for model, stay in self.asked.items():
-            if waiting.get(model) or any(place.routed for place in self._fleet.places_of(model)):
+            if waiting_for(model) or any(place.routed for place in self._fleet.places_of(model)):
                 stay.idle_since_s = None
             elif stay.idle_since_s is None:
                 stay.idle_since_s = now

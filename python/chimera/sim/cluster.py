@@ -85,12 +85,13 @@ class Cluster:
         limits: Limits | None = None,
         chronicle: Chronicle | None = None,
         witness: Witness | None = None,
+        told: Callable[[Story], None],
     ) -> None:
-        """`witness` is told each event that control hears, and what it decided."""
+        """`told` hears each request's story when it ends, `witness` each event that control hears and what it decided."""
         self.clock = Clock()
         self._witness = witness
         self.chronicle = chronicle or Chronicle()
-        self.stories: list[Story] = []
+        self._told = told
         self.switches: list[Switch] = []
         self.requeues = 0
         self.preemptions = 0
@@ -107,6 +108,8 @@ class Cluster:
         """Tokens that lost engines had made, by request, until their front-end is asked to bring it again."""
         self.agents = self._make_agents(gpus, local)
         self.gpus = {gpu_id: paper for agent in self.agents.values() for gpu_id, paper in agent.paper.items()}
+        self._agent_with = {gpu_id: agent for agent in self.agents.values() for gpu_id in agent.paper}
+        self._engines_of: dict[str, list[SimEngine]] = {}
         for model in models:
             self.tell(None, events.ModelRegistered(model=model))
         for agent in self.agents.values():
@@ -154,7 +157,7 @@ class Cluster:
         opened = self._open.pop(request_id)
         request = opened.request
         overhead_s = self.costs.request_s
-        self.stories.append(
+        self._told(
             Story(
                 request_id=request.request_id.partition(".")[0],
                 model=request.model,
@@ -331,10 +334,11 @@ class Cluster:
             listener=self,
         )
         agent.engines[replica] = engine
+        self._engines_of.setdefault(replica.model, []).append(engine)
         engine.come_up()
 
     def _agent_of(self, engine: SimEngine) -> _Agent:
-        return next(agent for agent in self.agents.values() if engine.seat.gpu_ids[0] in agent.paper)
+        return self._agent_with[engine.seat.gpu_ids[0]]
 
     def _report(self, engine: SimEngine, event: events.Event) -> None:
         """First the agent's scheduler, then control, as in the live system."""
@@ -357,11 +361,9 @@ class Cluster:
         now = self.clock.now
         replica = engine.seat.replica
         self.chronicle.note(now, "serves", replica=str(replica), gpus=engine.seat.gpu_ids)
-        others = [e for a in self.agents.values() for r, e in a.engines.items() if r.model == replica.model and e is not engine]
         took_s = now - engine.asked_s
-        self.switches.append(
-            Switch(replica=replica, asked_s=engine.asked_s, took_s=took_s, move=any(e.draining for e in others))
-        )
+        move = any(other.draining for other in self._engines_of[replica.model] if other is not engine)
+        self.switches.append(Switch(replica=replica, asked_s=engine.asked_s, took_s=took_s, move=move))
         free_bytes = min(gpu.free_bytes for gpu in engine.gpus)
         kv_bytes = free_bytes if engine.seat.kv_limit_bytes is None else engine.seat.kv_limit_bytes
         ready = events.ReplicaReady(
@@ -400,6 +402,7 @@ class Cluster:
         now = self.clock.now
         replica = engine.seat.replica
         self._agent_of(engine).engines.pop(replica, None)
+        self._engines_of[replica.model].remove(engine)
         self.chronicle.note(now, what, replica=str(replica), gpus=engine.seat.gpu_ids)
         self.chronicle.spans.append(
             Span(
@@ -426,7 +429,7 @@ class Cluster:
 
     def lose_gpu(self, gpu_id: int, reason: str = "it answers no more") -> None:
         """The device is gone for good, and whatever had a rank on it."""
-        agent = next(agent for agent in self.agents.values() if gpu_id in agent.paper)
+        agent = self._agent_with[gpu_id]
         for engine in list(self.gpus[gpu_id].engines):
             self._gone(engine, "lost")
             self._made.update(engine.made())

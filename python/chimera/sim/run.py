@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 
 from chimera.core.gpu import Gpu
-from chimera.core.metrics import Metrics, Story, measure, measure_by_model
+from chimera.core.metrics import Metrics, Story, Tallies
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement
 from chimera.sched.cost import CostTable
@@ -18,7 +18,7 @@ from chimera.sched.queues import local_of
 from chimera.sim.chronicle import Chronicle
 from chimera.sim.cluster import Cluster, Witness
 from chimera.sim.placing import evenly, require_fitting
-from chimera.trace.trace import Trace
+from chimera.trace.trace import Row, Trace
 
 WARM_UP_S = 60.0
 """The system comes up before the first request is sent."""
@@ -67,11 +67,47 @@ def simulate(
     witness: Witness | None = None,
 ) -> Outcome:
     """`script` holds what else happens, by the time of the trace: failures, changes of policy."""
+    stories: list[Story] = []
+    rows = trace.rows if progress is None else _watched(trace.rows, progress)
+    told = None if keep is None else stories.append
+    outcome = play(scenario, rows, chronicle=chronicle, script=script, told=told, witness=witness)
+    if keep is not None:
+        keep([_on_trace_time(story) for story in stories])
+    return outcome
+
+
+def _watched(rows: Sequence[Row], progress: Callable[[float], None]) -> Iterator[Row]:
+    for number, row in enumerate(rows):
+        if number % 1000 == 0:
+            progress(number / len(rows))
+        yield row
+
+
+def play(
+    scenario: Scenario,
+    rows: Iterable[Row],
+    *,
+    chronicle: Chronicle | None = None,
+    script: Sequence[tuple[float, Callable[[Cluster], None]]] = (),
+    told: Callable[[Story], None] | None = None,
+    witness: Witness | None = None,
+) -> Outcome:
+    """`simulate` for millions: rows are drawn as they are sent, and of a request nothing stays but its figures.
+
+    `told` hears each story as it ends, on the simulation's own time.
+    """
     require_fitting(scenario.models, scenario.gpus, scenario.costs)
     static = not policy_named(scenario.policy).on_demand
     filed = scenario.filed
     if filed is None:
         filed = evenly(scenario.models, scenario.gpus, scenario.costs, reserved=static)
+    tallies = Tallies()
+
+    def ended(story: Story) -> None:
+        tallies.add(story)
+        if told is not None:
+            told(story)
+
     cluster = Cluster(
         models=scenario.models,
         gpus=scenario.gpus,
@@ -83,22 +119,20 @@ def simulate(
         limits=scenario.limits,
         chronicle=chronicle,
         witness=witness,
+        told=ended,
     )
     for at_s, happen in script:
         cluster.clock.at(WARM_UP_S + at_s, lambda happen=happen: happen(cluster))  # type: ignore[misc]
-    _replay(cluster, trace, progress)
+    _replay(cluster, rows)
     span_s = cluster.clock.now - WARM_UP_S
     cluster.close_open()
     cluster.end_spans()
-    stories = cluster.stories
-    if keep is not None:
-        keep([_on_trace_time(story) for story in stories])
     switches = [switch for switch in cluster.switches if switch.asked_s >= WARM_UP_S]
     return Outcome(
         policy=scenario.policy,
         local=scenario.local_policy,
-        metrics=measure(stories),
-        by_model=measure_by_model(stories),
+        metrics=tallies.metrics(),
+        by_model=tallies.by_model(),
         gpu_s=len(scenario.gpus) * span_s,
         busy_gpu_s=cluster.busy_gpu_s(),
         switches=len(switches),
@@ -117,24 +151,26 @@ def _on_trace_time(story: Story) -> Story:
     )
 
 
-def _replay(cluster: Cluster, trace: Trace, progress: Callable[[float], None] | None) -> None:
-    rows = trace.rows
+def _replay(cluster: Cluster, rows: Iterable[Row]) -> None:
+    """Each row is asked for when the one before it is sent."""
     clock = cluster.clock
-    coming = False
+    coming = iter(rows)
+    due: Row | None = None
+    end_s = WARM_UP_S + COOL_DOWN_S
 
-    def arrive(number: int) -> None:
-        if progress is not None and number % 1000 == 0:
-            progress(number / len(rows))
-        expect(number + 1)
-        cluster.send(rows[number])
+    def expect() -> None:
+        nonlocal due, end_s
+        due = next(coming, None)
+        if due is not None:
+            clock.at(WARM_UP_S + due.at_s, arrive)
+            end_s = WARM_UP_S + due.at_s + COOL_DOWN_S
 
-    def expect(number: int) -> None:
-        nonlocal coming
-        coming = number < len(rows)
-        if coming:
-            clock.at(WARM_UP_S + rows[number].at_s, lambda: arrive(number))
+    def arrive() -> None:
+        row = due
+        assert row is not None
+        expect()
+        cluster.send(row)
 
-    expect(0)
-    end_s = WARM_UP_S + (rows[-1].at_s if rows else 0.0) + COOL_DOWN_S
-    while (coming or cluster.open) and clock.now <= end_s and clock.step():
+    expect()
+    while (due is not None or (cluster.open and clock.now <= end_s)) and clock.step():
         pass
