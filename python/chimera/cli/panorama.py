@@ -235,7 +235,7 @@ def _pad(text: str, columns: int) -> str:
 
 
 def _name(cast: Cast, model: int) -> str:
-    return cast.models[model].name if 0 <= model < len(cast.models) else "?"
+    return cast.models[model].name if 0 <= model < len(cast.models) else "others"
 
 
 def _paint(model: int) -> str:

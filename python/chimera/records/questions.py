@@ -154,7 +154,7 @@ def request(store: sqlite3.Connection, name: str) -> RequestAccount:
         "SELECT * FROM requests WHERE request = ?1 OR (client = ?1 AND client != '') ORDER BY arrived DESC LIMIT 1", (name,)
     ).fetchone()
     if row is None:
-        raise RequestError("not_found", f"no request {name} is in the records; running ones come when they have ended")
+        raise no_such_request(name)
     tries = store.execute("SELECT * FROM attempts WHERE request = ? ORDER BY ended", (row["request"],))
     own = store.execute("SELECT * FROM entries WHERE request = ? ORDER BY id", (row["request"],)).fetchall()
     around = store.execute(
@@ -184,6 +184,10 @@ def request(store: sqlite3.Connection, name: str) -> RequestAccount:
         prompt=row["prompt"],
         answer=row["answer"],
     )
+
+
+def no_such_request(name: str) -> RequestError:
+    return RequestError("not_found", f"no request {name} is in the records; running ones come when they have ended")
 
 
 def model(store: sqlite3.Connection, name: str, since_s: float, until_s: float) -> Account:

@@ -26,6 +26,7 @@ from chimera.server.account import Account, Caller, client_id
 from chimera.server.answer import Answer, Terms
 from chimera.server.anthropic import CountRequest, MessagesRequest
 from chimera.server.anthropic_told import AnthropicMessage, MessageEvent, TokenCount
+from chimera.server.blinds import seen
 from chimera.server.bodies import MAX_BODY_BYTES, json_response, read_body
 from chimera.server.catalogue import Catalogue
 from chimera.server.chat import ChatChunk, ChatCompletion, ChatRequest
@@ -333,7 +334,7 @@ class App:
         return await self._answered(http, guest, tokenizer, prompts, answers, response)
 
     def _asked_for(self, name: str | None, guest: Guest, *, embeds: bool) -> ModelSpec:
-        spec = self._catalogue.resolve(name)
+        spec = self._catalogue.resolve(name, guest.key)
         guest.require(spec.name)
         if spec.embedding != embeds:
             told = "makes embeddings; it generates no text" if spec.embedding else "generates text; it makes no embeddings"
@@ -363,7 +364,7 @@ class App:
         body = await read_body(http)
         request = intake.decode(body, _count_decoder)
         request.check()
-        spec = self._catalogue.resolve(request.model)
+        spec = self._catalogue.resolve(request.model, http[GUEST].key)
         http[GUEST].require(spec.name)
         tokenizer = await self._catalogue.tokenizer(spec)
         [prompt_ids] = await _aside(len(body), partial(request.prompts, tokenizer))
@@ -388,7 +389,7 @@ class App:
         )
 
     async def _model(self, http: web.Request) -> web.Response:
-        spec = self._catalogue.resolve(http.match_info["name"])
+        spec = self._catalogue.resolve(http.match_info["name"], http[GUEST].key)
         http[GUEST].require(spec.name)
         since_s = next(since_s for known, since_s in self._catalogue.models if known is spec)
         return json_response(_card(spec, since_s))
@@ -401,7 +402,7 @@ class App:
 
     async def _health_generate(self, http: web.Request) -> web.Response:
         """One real token from a model that is up."""
-        snapshot = await self._relay.snapshot()
+        snapshot = seen(http, await self._relay.snapshot())
         up = (self._catalogue.resolve(v.replica.model) for v in snapshot.replicas if v.state is ReplicaState.SERVING)
         spec = next((spec for spec in up if not spec.embedding), None)
         if spec is None:
@@ -427,13 +428,13 @@ class App:
         return json_response(Health(status="ok", model=spec.name, seconds=answer.age_s))
 
     async def _snapshot(self, http: web.Request) -> web.Response:
-        return json_response(await self._relay.snapshot())
+        return json_response(seen(http, await self._relay.snapshot()))
 
     async def _openapi(self, http: web.Request) -> web.Response:
         return web.Response(body=self._document, content_type="application/json")
 
     async def _ledger(self, http: web.Request) -> web.Response:
-        snapshot = await self._relay.snapshot()
+        snapshot = seen(http, await self._relay.snapshot())
         return json_response(LedgerView(now_s=snapshot.now_s, gpus=snapshot.ledgers))
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
 
+from chimera.core.access import ApiKey
 from chimera.core.model import ModelSpec
 from chimera.core.parsers import AUTO
 from chimera.errors import ConfigError, RequestError
@@ -63,17 +64,18 @@ class Catalogue:
     def knows(self, name: str) -> bool:
         return name in self._names
 
-    def resolve(self, name: str | None) -> ModelSpec:
-        """The model of this name or alias; of no name, if there is only one."""
+    def resolve(self, name: str | None, key: ApiKey | None = None) -> ModelSpec:
+        """The model of this name or alias; of no name, if there is only one. Who asks with a key hears of no more than its."""
         if not self.known:
             raise RequestError(
                 "service_unavailable", "the server is starting and does not know its models yet", retry_after_s=1
             )
-        if name is None and len(self._specs) == 1:
-            return next(iter(self._specs.values()))
+        known = [spec for spec in self._specs.values() if key is None or key.allows(spec.name)]
+        if name is None and len(known) == 1:
+            return known[0]
         spec = self._names.get(name) if name is not None else None
         if spec is None:
-            raise RequestError("model_not_found", self._no_such(name), param="model")
+            raise RequestError("model_not_found", _no_such(name, known), param="model")
         return spec
 
     async def tokenizer(self, spec: ModelSpec) -> ModelTokenizer:
@@ -124,11 +126,13 @@ class Catalogue:
         for path in self._tokenizers.keys() - {spec.tokenizer_path for spec in self._specs.values()}:
             del self._tokenizers[path]
 
-    def _no_such(self, name: str | None) -> str:
-        if name is None:
-            return "model: the request names none, and there is not exactly one to choose"
-        near = difflib.get_close_matches(name, self._names, n=1, cutoff=0.5)
-        return f"the model {name!r} does not exist here" + (f"; did you mean {near[0]!r}?" if near else "")
+
+def _no_such(name: str | None, known: Iterable[ModelSpec]) -> str:
+    if name is None:
+        return "model: the request names none, and there is not exactly one to choose"
+    names = [one for spec in known for one in (spec.name, *spec.aliases)]
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"the model {name!r} does not exist here" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def _import_hearing() -> type[SglangHearing]:

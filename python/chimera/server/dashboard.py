@@ -1,4 +1,5 @@
-"""The page at `/`, and the stream that feeds it and `chimera top`: one sight a second, asked and encoded once for all viewers.
+"""The page at `/`, and the stream that feeds it and `chimera top`: one sight a second, asked once for all
+viewers, and encoded once for those who may see the same.
 
 The page is files beside this one, sent as they are; nothing in it comes from elsewhere, and nothing of the server is in it.
 Whoever falls behind is let go and comes again. Knows no model and gives no orders: the page's buttons are the operator's verbs.
@@ -18,8 +19,9 @@ from aiohttp import web
 
 import chimera
 from chimera.core.access import ApiKey
-from chimera.core.sight import Past, Sight
+from chimera.core.sight import Cast, Past, Sight
 from chimera.errors import RequestError
+from chimera.server.blinds import Blinds
 from chimera.server.bodies import json_response
 from chimera.server.gate import GUEST
 from chimera.server.readers import STREAM_HEADERS
@@ -63,8 +65,10 @@ class Away(msgspec.Struct, frozen=True, kw_only=True, tag_field="of", tag="away"
 class Dashboard:
     def __init__(self, relay: Relay) -> None:
         self._relay = relay
-        self.viewers: set[asyncio.Queue[bytes | None]] = set()
+        self.viewers: dict[asyncio.Queue[bytes | None], ApiKey] = {}
         self._watching: asyncio.Task[None] | None = None
+        self._cast = Cast()
+        """What the newest second was told in."""
         self._page = {path.name: path.read_bytes() for path in (files("chimera.server") / "page").iterdir()}
 
     def routes(self) -> list[Route]:
@@ -128,65 +132,64 @@ class Dashboard:
     # The stream.
 
     async def _sight(self, http: web.Request) -> web.StreamResponse:
-        key = _viewer(http)
+        key = http[GUEST].key
         response = web.StreamResponse(headers=STREAM_HEADERS)
         await response.prepare(http)
         await response.write(_event(Welcome(version=chimera.__version__, admin=key.admin, key=key.name)))
         with contextlib.ExitStack() as leaving:
-            unread = self._come(leaving)
+            unread = self._come(leaving, key)
             while (event := await unread.get()) is not None:
                 await response.write(event)
         return response
 
     async def _past(self, http: web.Request) -> web.Response:
-        _viewer(http)
-        response = json_response(await self._relay.past())
+        past = await self._relay.past()
+        response = json_response(Blinds(http[GUEST].key, past.cast.models).past(past))
         response.enable_compression()
         return response
 
-    def _come(self, leaving: contextlib.ExitStack) -> asyncio.Queue[bytes | None]:
+    def _come(self, leaving: contextlib.ExitStack, key: ApiKey) -> asyncio.Queue[bytes | None]:
         """One more viewer; the first has the stream begin, the last has it end."""
         unread: asyncio.Queue[bytes | None] = asyncio.Queue(_MOST_UNREAD)
-        self.viewers.add(unread)
+        self.viewers[unread] = key
         leaving.callback(self._leave, unread)
         if self._watching is None:
             self._watching = asyncio.get_running_loop().create_task(self._watch())
         return unread
 
     def _leave(self, unread: asyncio.Queue[bytes | None]) -> None:
-        self.viewers.discard(unread)
+        self.viewers.pop(unread, None)
         if not self.viewers and self._watching is not None:
             self._watching.cancel()
             self._watching = None
 
     async def _watch(self) -> None:
-        async for event in self._events():
-            for unread in list(self.viewers):
+        async for told in self._seconds():
+            encoded: dict[tuple[str, ...] | None, bytes] = {}
+            for unread, key in list(self.viewers.items()):
                 if unread.qsize() >= _MOST_UNREAD - 1:
-                    self.viewers.discard(unread)
+                    del self.viewers[unread]
                     unread.put_nowait(None)
-                else:
-                    unread.put_nowait(event)
+                    continue
+                if key.models not in encoded:
+                    encoded[key.models] = _event(self._seen(told, key))
+                unread.put_nowait(encoded[key.models])
 
-    async def _events(self) -> AsyncIterator[bytes]:
-        cast = after = 0
+    async def _seconds(self) -> AsyncIterator[Sight | Away]:
+        self._cast, after = Cast(), 0
         while True:
             try:
-                sight = await self._relay.sight(cast=cast, after=after)
+                sight = await self._relay.sight(cast=self._cast.number, after=after)
             except RequestError as fault:
-                yield _event(Away(why=fault.message))
+                yield Away(why=fault.message)
             else:
-                cast = sight.cast
+                self._cast = sight.changed or self._cast
                 after = sight.news[-1].number if sight.news else after
-                yield _event(sight)
+                yield sight
             await asyncio.sleep(_EVERY_S)
 
-
-def _viewer(http: web.Request) -> ApiKey:
-    key = http[GUEST].key
-    if key.models is not None:
-        raise RequestError("permission_denied", f"the key {key.name!r} is for some models; this shows them all")
-    return key
+    def _seen(self, told: Sight | Away, key: ApiKey) -> Sight | Away:
+        return told if isinstance(told, Away) else Blinds(key, self._cast.models).sight(told, self._cast)
 
 
 def _event(what: Welcome | Sight | Away) -> bytes:

@@ -17,14 +17,16 @@ from pathlib import Path
 import msgspec
 from aiohttp import web
 
+from chimera.core.access import ApiKey
 from chimera.errors import ConfigError, RequestError
 from chimera.records import questions
 from chimera.records.questions import MOST_LINES, Account, RequestAccount, RequestLine
 from chimera.records.store import open_to_read
 from chimera.server import metrics
+from chimera.server.blinds import Blinds
 from chimera.server.bodies import json_response
 from chimera.server.catalogue import Catalogue
-from chimera.server.gate import GUEST, Guest
+from chimera.server.gate import GUEST
 from chimera.server.relay import Relay
 from chimera.server.routes import Route
 from chimera.units import parse_seconds
@@ -70,19 +72,28 @@ class Observatory:
             known = ", ".join(metrics.FAMILIES)
             raise RequestError("bad_request", f"names: {', '.join(sorted(unknown))} is not one of {known}", param="names")
         measures, snapshot = await self._relay.measures()
+        blinds = Blinds(http[GUEST].key, snapshot.models)
+        measures, snapshot = blinds.measures(measures), blinds.snapshot(snapshot)
         # In a thread: with hundreds of models the page is long, and streams do not wait for it.
         text = await asyncio.to_thread(metrics.page, measures, snapshot, families)
         return web.Response(body=text, headers={"Content-Type": metrics.CONTENT_TYPE})
 
     async def _explain(self, http: web.Request) -> web.Response:
         question = Question.of(http, self._catalogue)
-        account = await asyncio.to_thread(self._ask, question)
         guest = http[GUEST]
-        if account.model:
-            guest.require(account.model)
-        elif isinstance(account, Account):
-            account = _allowed(account, guest)
-        return json_response(account)
+        if question.model:
+            guest.require(question.model)
+        account = await asyncio.to_thread(self._ask, question)
+        if isinstance(account, RequestAccount) and not guest.key.allows(account.model):
+            raise questions.no_such_request(question.request)  # nor may its model be named
+        return json_response(self._seen(account, guest.key))
+
+    def _seen(self, account: RequestAccount | Account, key: ApiKey) -> RequestAccount | Account:
+        told = {one.model for one in account.happenings if one.model}
+        if isinstance(account, Account):
+            told |= {one.model for one in account.statistics}
+        blinds = Blinds(key, [spec for spec, _ in self._catalogue.models], gone=told)
+        return blinds.account(account) if isinstance(account, Account) else blinds.request(account)
 
     async def _requests(self, http: web.Request) -> web.Response:
         words = http.query
@@ -162,13 +173,3 @@ def _stretch(text: str) -> float:
         return parse_seconds(text)
     except ValueError as fault:
         raise RequestError("bad_request", f"since: {fault}", param="since") from None
-
-
-def _allowed(account: Account, guest: Guest) -> Account:
-    """What a key may see of the whole house."""
-    allows = guest.key.allows
-    return msgspec.structs.replace(
-        account,
-        statistics=tuple(one for one in account.statistics if allows(one.model)),
-        happenings=tuple(one for one in account.happenings if not one.model or allows(one.model)),
-    )

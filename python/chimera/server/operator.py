@@ -21,8 +21,10 @@ from chimera.msg.actions import Reject
 from chimera.msg.events import LoadWanted, ModelRegistered, ModelRemoved, PolicyChosen, ResizeWanted, UnloadWanted
 from chimera.msg.stream import EntryFiled, Flush, Flushed, Refiled, ReloadWanted, ReplicaNews
 from chimera.server import intake
+from chimera.server.blinds import Blinds, seen
 from chimera.server.bodies import json_response, read_body
 from chimera.server.catalogue import Catalogue
+from chimera.server.gate import GUEST
 from chimera.server.orders import (
     Activation,
     CachesFlushed,
@@ -276,8 +278,9 @@ class Operator:
 
     async def _events(self, http: web.Request) -> web.StreamResponse:
         """How every replica is now, and from then on all that becomes of them."""
+        key = http[GUEST].key
         with self._relay.watch() as watch:
-            views = await self._views()
+            views = seen(http, await self._relay.snapshot()).replicas
             response = web.StreamResponse(headers=STREAM_HEADERS)
             await response.prepare(http)
             for view in views:
@@ -291,8 +294,9 @@ class Operator:
                     continue
                 if news is None or watch.news.full():  # control went away, or too much was missed: the client asks anew
                     return response
-                if isinstance(news, ReplicaNews):
-                    await response.write(_event(_told(news)))
+                if isinstance(news, ReplicaNews) and key.allows(news.replica.model):
+                    blinds = Blinds(key, [spec for spec, _ in self._catalogue.models])
+                    await response.write(_event(_told(news, blinds.text(news.reason))))
 
     # Prism's.
 
@@ -339,11 +343,12 @@ class Operator:
         return json_response(CachesFlushed(flushed=sorted(flushed)))
 
     async def _names(self, http: web.Request) -> web.Response:
-        return json_response(ModelNames(model_names=[spec.name for spec, _ in self._catalogue.models]))
+        allows = http[GUEST].key.allows
+        return json_response(ModelNames(model_names=[spec.name for spec, _ in self._catalogue.models if allows(spec.name)]))
 
     async def _pool_sizes(self, http: web.Request) -> web.Response:
         sizes = []
-        for view in await self._views():
+        for view in seen(http, await self._relay.snapshot()).replicas:
             if view.state is ReplicaState.SERVING:
                 spec = self._catalogue.resolve(view.replica.model)
                 sizes.append(
@@ -408,9 +413,9 @@ def _state(replica: ReplicaId, state: ReplicaState, reason: str, **more: Any) ->
     return ReplicaTold(model=replica.model, index=replica.index, state=state, reason=reason, **more)
 
 
-def _told(news: ReplicaNews) -> ReplicaTold:
+def _told(news: ReplicaNews, reason: str) -> ReplicaTold:
     more = {"gpu_ids": news.gpu_ids, "at_s": news.at_s, "load_s": news.load_s, "failed": news.failed}
-    return _state(news.replica, news.state, news.reason, **more)
+    return _state(news.replica, news.state, reason, **more)
 
 
 def _order(snapshot: Snapshot, **known: tuple[str, ...]) -> PolicyTold:

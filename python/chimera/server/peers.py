@@ -16,6 +16,7 @@ from chimera.core.model import ModelSpec
 from chimera.core.replica import ReplicaState
 from chimera.core.snapshot import ReplicaView
 from chimera.errors import RequestError
+from chimera.server.blinds import seen
 from chimera.server.bodies import json_response
 from chimera.server.catalogue import Catalogue
 from chimera.server.gate import GUEST
@@ -189,18 +190,18 @@ class Peers:
     # llama-swap's and Ollama's.
 
     async def _running(self, http: web.Request) -> web.Response:
-        views = [view for view in await self._views() if view.state in _LLAMA_SWAPS]
+        views = [view for view in await self._views(http) if view.state in _LLAMA_SWAPS]
         told = [RunningModel(model=view.replica.model, state=_LLAMA_SWAPS[view.state]) for view in views]
         return json_response(Running(running=told))
 
     async def _unload_all(self, http: web.Request) -> web.Response:
-        for model in sorted({view.replica.model for view in await self._views() if view.state is not ReplicaState.STOPPED}):
+        for model in sorted({view.replica.model for view in await self._views(http) if view.state is not ReplicaState.STOPPED}):
             await self._operator.unload(UnloadOrder(model=model))
         return json_response(Done())
 
     async def _processes(self, http: web.Request) -> web.Response:
         specs = {spec.name: spec for spec, _ in self._catalogue.models}
-        up = [view for view in await self._views() if view.state is ReplicaState.SERVING and view.replica.model in specs]
+        up = [view for view in await self._views(http) if view.state is ReplicaState.SERVING and view.replica.model in specs]
         return json_response(Processes(models=[_process(specs[view.replica.model], view) for view in up]))
 
     # vLLM's and Triton's.
@@ -215,7 +216,7 @@ class Peers:
 
     async def _is_sleeping(self, http: web.Request) -> web.Response:
         name = self._asked(http).name
-        up = any(view.replica.model == name and view.state is ReplicaState.SERVING for view in await self._views())
+        up = any(view.replica.model == name and view.state is ReplicaState.SERVING for view in await self._views(http))
         return json_response(Sleeping(is_sleeping=not up))
 
     async def _load_named(self, http: web.Request) -> web.Response:
@@ -232,9 +233,11 @@ class Peers:
             ReplicaState.LOADING: "LOADING",
             ReplicaState.SERVING: "READY",
         }
-        views = await self._views()
+        views = await self._views(http)
         told = []
         for spec, _ in self._catalogue.models:
+            if not http[GUEST].key.allows(spec.name):
+                continue
             states = [view.state for view in views if view.replica.model == spec.name]
             best = next((word for state, word in reversed(words.items()) if state in states), None)
             told.append(RepositoryModel(name=spec.name, state=best or "UNAVAILABLE"))
@@ -246,7 +249,7 @@ class Peers:
         return json_response(Ready())
 
     async def _ready(self, http: web.Request) -> web.Response:
-        if not any(view.state is ReplicaState.SERVING for view in await self._views()):
+        if not any(view.state is ReplicaState.SERVING for view in await self._views(http)):
             raise RequestError("service_unavailable", "no model is up", retry_after_s=1)
         return json_response(Ready())
 
@@ -262,7 +265,7 @@ class Peers:
         )
 
     async def _server_info(self, http: web.Request) -> web.Response:
-        snapshot = await self._relay.snapshot()
+        snapshot = seen(http, await self._relay.snapshot())
         return json_response(
             ServerInfo(
                 version=chimera.__version__,
@@ -274,12 +277,12 @@ class Peers:
         )
 
     def _asked(self, http: web.Request) -> ModelSpec:
-        spec = self._catalogue.resolve(http.query.get("model"))
+        spec = self._catalogue.resolve(http.query.get("model"), http[GUEST].key)
         http[GUEST].require(spec.name)
         return spec
 
-    async def _views(self) -> tuple[ReplicaView, ...]:
-        return (await self._relay.snapshot()).replicas
+    async def _views(self, http: web.Request) -> tuple[ReplicaView, ...]:
+        return seen(http, await self._relay.snapshot()).replicas
 
 
 def _process(spec: ModelSpec, view: ReplicaView) -> Process:

@@ -30,7 +30,7 @@ export class House {
   }
 
   name(model) {
-    return this.cast.models[model]?.name ?? "a model that is gone";
+    return this.cast.models[model]?.name ?? "another model";
   }
 
   lookBack(past) {
