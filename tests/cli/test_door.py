@@ -37,6 +37,18 @@ def test_a_key_is_shown_once_and_its_entry_lets_it_in(tmp_path: Path, capsys: py
     assert (entry.name, entry.models, entry.requests_per_minute, entry.admin) == ("anna", ("a", "b"), 60, True)
 
 
+def test_keys_are_added_to_a_file_line_by_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "keys.jsonl"
+    with path.open("a") as file:
+        for name in ("anna", "bert"):
+            assert main.main(["keys", name]) == 0
+            file.write(capsys.readouterr().out)
+    assert [entry.name for entry in read_keys(path)] == ["anna", "bert"]
+    path.write_text(path.read_text() + '\n{"name": "carl" "hash": ""}\n')
+    with pytest.raises(ConfigError, match="line 4, column 17"):
+        read_keys(path)
+
+
 @pytest.mark.parametrize(
     ("entries", "named"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import shlex
 import subprocess
@@ -12,7 +13,8 @@ ROOT = Path(__file__).parents[2]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _INLINE = re.compile(r"`([^`\n]+)`")
-_SHELL = {"", "sh", "bash", "console"}
+SHELL = {"", "sh", "bash"}
+"""The languages of a block that is typed."""
 _ENDS = {"|", ">", ">>", "&", "&&", ";", "2>&1"}
 
 
@@ -46,10 +48,16 @@ def inline(text: str) -> list[str]:
     return _INLINE.findall(_FENCE.sub("", text))
 
 
+def fences(text: str) -> list[tuple[str, str]]:
+    """Each fenced block, with the language that it names."""
+    found: list[tuple[str, str]] = _FENCE.findall(text)
+    return found
+
+
 def shell_lines(text: str) -> Iterator[list[str]]:
     """The words of each command line in a fenced block, without its comment; what is piped or joined is several."""
-    for language, block in _FENCE.findall(text):
-        if language in _SHELL:
+    for language, block in fences(text):
+        if language in SHELL:
             yield from commands(block)
 
 
@@ -66,3 +74,14 @@ def commands(block: str) -> Iterator[list[str]]:
                 command = []
             else:
                 command.append(word)
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """Its own, and those of its verbs."""
+    found: set[str] = set()
+    for action in parser._actions:
+        found |= set(action.option_strings)
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                found |= flags_of(below)
+    return found

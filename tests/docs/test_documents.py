@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import re
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 from chimera.cli import examples
 from chimera.cli.main import VERBS, make_parser
 
-from tests.docs.documents import ROOT, anchors, commands, documents, inline, links, name_of, shell_lines
+from tests.docs.documents import ROOT, anchors, commands, documents, flags_of, inline, links, name_of, shell_lines
 
 DOCUMENTS = documents()
 EVERY = pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -40,7 +39,7 @@ def test_every_path_in_code_marks_exists(document: Path) -> None:
 def test_every_file_that_a_command_reads_exists(document: Path) -> None:
     for command in shell_lines(document.read_text()):
         for word in command:
-            if _is_ours(word) and word.endswith((".py", ".sh")):
+            if _PATH.match(word) and (word.endswith((".py", ".sh")) or word.startswith(("deploy/", "model_configs/"))):
                 assert any((place / word).exists() for place in _PLACES), f"there is no {word}: {' '.join(command)}"
 
 
@@ -56,7 +55,7 @@ def test_every_chimera_command_in_a_sentence_has_a_verb_and_flags_that_exist(doc
         words = text.split()
         if words[0].removeprefix(".venv/bin/") == "chimera" and len(words) > 1 and words[1].islower():
             assert words[1] in VERBS, f"there is no verb {words[1]}: {text}"
-            known = _flags(make_parser({words[1]}))
+            known = flags_of(make_parser({words[1]}))
             flags = {word.partition("=")[0] for word in words if word.startswith("--")}
             assert flags <= known, f"chimera {words[1]} has no {flags - known}: {text}"
 
@@ -96,16 +95,6 @@ def _parse(command: list[str], capsys: pytest.CaptureFixture[str]) -> str | None
         return command[1]
     verb: str = arguments.verb
     return verb
-
-
-def _flags(parser: argparse.ArgumentParser) -> set[str]:
-    found: set[str] = set()
-    for action in parser._actions:
-        found |= set(action.option_strings)
-        if isinstance(action, argparse._SubParsersAction):
-            for below in action.choices.values():
-                found |= _flags(below)
-    return found
 
 
 def _is_ours(word: str) -> bool:

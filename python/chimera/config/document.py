@@ -29,16 +29,22 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 def read_document(path: Path, environment: Mapping[str, str], faults: Faults) -> Any:
     """The file's contents. What can be passed over becomes a fault; a file that cannot be parsed is a ConfigError."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError.single(str(path), f"the name does not end in one of {', '.join(SUFFIXES)}")
     text = _text(path)
     parse = _parse_json if path.suffix == ".json" else _parse_yaml
     value = parse(path, text, faults)
     return _Filling(environment, faults).fill(value, "", 0)
 
 
+def read_lines(path: Path, environment: Mapping[str, str], faults: Faults) -> list[Any]:
+    """The same for a file of JSON that has a value in each line."""
+    lines = [(number, line) for number, line in enumerate(_text(path).split("\n")) if line.strip()]
+    return [_Filling(environment, faults).fill(_parse_json(path, line, faults, above=number), "", 0) for number, line in lines]
+
+
 def _text(path: Path) -> str:
     source = str(path)
-    if path.suffix not in SUFFIXES:
-        raise ConfigError.single(source, f"the name does not end in one of {', '.join(SUFFIXES)}")
     try:
         with path.open("rb") as file:
             raw = file.read(LARGEST_FILE_BYTES + 1)
@@ -53,7 +59,7 @@ def _text(path: Path) -> str:
         raise ConfigError.single(source, f"is not UTF-8 text: byte {reason.start} is {raw[reason.start]:#04x}") from None
 
 
-def _parse_json(path: Path, text: str, faults: Faults) -> Any:
+def _parse_json(path: Path, text: str, faults: Faults, *, above: int = 0) -> Any:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, times in Counter(key for key, _ in pairs).items():
             if times > 1:
@@ -63,7 +69,7 @@ def _parse_json(path: Path, text: str, faults: Faults) -> Any:
     try:
         return json.loads(text, object_pairs_hook=once)
     except json.JSONDecodeError as reason:
-        where = f"line {reason.lineno}, column {reason.colno}"
+        where = f"line {above + reason.lineno}, column {reason.colno}"
         raise ConfigError.single(str(path), f"is not JSON: {reason.msg}", where=where) from None
     except ValueError as reason:  # a number of thousands of digits
         raise ConfigError.single(str(path), f"is not JSON: {reason}") from None

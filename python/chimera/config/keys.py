@@ -14,7 +14,7 @@ from typing import Annotated
 import msgspec
 
 from chimera.config.conform import conform
-from chimera.config.document import read_document
+from chimera.config.document import read_document, read_lines
 from chimera.config.faults import Faults, at_index
 from chimera.config.placement_file import Name
 from chimera.core.access import ApiKey
@@ -39,13 +39,16 @@ class KeyEntry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
 
 class KeysFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What JSON and YAML hold. A `.jsonl` has the entries alone, one in each line, so that `>>` adds one."""
+
     keys: tuple[KeyEntry, ...]
 
 
 def read_keys(path: Path, environment: Mapping[str, str] = os.environ) -> tuple[ApiKey, ...]:
     """ConfigError lists every fault."""
     faults = Faults(str(path))
-    document = read_document(path, environment, faults)
+    by_line = path.suffix == ".jsonl"
+    document = {"keys": read_lines(path, environment, faults)} if by_line else read_document(path, environment, faults)
     file = conform(document, KeysFile, "", faults)
     if not file.keys:
         faults.add("keys", "is empty", "`chimera keys NAME` makes one")
