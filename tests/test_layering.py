@@ -37,6 +37,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "trace": ({"core"}, {"msgspec"}),
     "bench": ({"core", "trace", "parsing"}, {"msgspec", "uvloop", "PIL"}),
     "sim": ({"core", "msg", "sched", "trace"}, {"msgspec"}),
+    "sizing": ({"core", "sched", "sim", "trace"}, {"msgspec"}),
     "tiny": (set(), {"numpy", "safetensors", "tokenizers"}),
     # Wiring only: it may see every room, and the third-party packages of the tools it starts.
     "cli": (
@@ -54,6 +55,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
             "sched",
             "server",
             "sim",
+            "sizing",
             "trace",
             "vmm",
         }

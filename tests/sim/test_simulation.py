@@ -220,3 +220,12 @@ def test_loads_over_one_link_come_one_after_the_other() -> None:
     served = [entry.at_s for entry in chronicle.entries if entry.what == "serves"][:3]
     assert [b - a for a, b in itertools.pairwise(served)] == [approx(1.0), approx(1.0)]
     assert math.isclose(served[0], 1.5)
+
+
+def test_who_asks_whether_few_are_missed_is_told_no_early_and_yes_as_ever() -> None:
+    made = scenario(gpus=1, models=tuple(msgspec.structs.replace(m, slo=Slo(ttft_s=0.001)) for m in MODELS))
+    few = simulate(made, mixed(), most_missed=20)
+    assert few.metrics.sent < 100 < simulate(made, mixed()).metrics.sent
+    assert few.metrics.sent * (1 - few.metrics.joint_attainment) > 20
+    easy = scenario(gpus=2)
+    assert simulate(easy, mixed(), most_missed=200) == simulate(easy, mixed())

@@ -122,3 +122,15 @@ def test_a_mapping_of_unknown_models_is_refused(wanted: dict[str, str]) -> None:
 def test_a_shipped_trace_is_read_whole() -> None:
     trace = read_trace(SHIPPED / "arena_prism18.csv.gz")
     assert (len(trace.rows), len(trace.models)) == (2059, 18)
+
+
+def test_another_day_has_as_many_requests_on_average_and_none_far_from_its_original() -> None:
+    steady = Trace("told", tuple(Row(n * 1.0, "a", 10, n + 1) for n in range(2000)))
+    days = [steady.another_day(1.5, seed) for seed in (1, 2)]
+    assert days[0].rows == steady.another_day(1.5, 1).rows != days[1].rows
+    for day in days:
+        assert len(day.rows) == pytest.approx(3000, rel=0.06)
+        assert [row.at_s for row in day.rows] == sorted(row.at_s for row in day.rows)
+        assert all(abs(row.at_s - (row.output_tokens - 1)) <= 5 for row in day.rows)
+        copies = [sum(row.output_tokens == n for row in day.rows) for n in range(1, 401)]
+        assert copies.count(0) == pytest.approx(400 * 0.223, rel=0.25), "e^-1.5 of the requests do not come"

@@ -60,6 +60,10 @@ _OF = {
     "simulate": """
         chimera simulate --models placement.json --gpus 8xH100 --trace trace.csv
         chimera simulate --models placement.json --gpus 8xH100 --trace trace.csv --policy static,kvpr,flexible --seeds 5""",
+    "plan": """
+        chimera plan --models placement.json --trace trace.csv --gpu H100 --target 99%
+        chimera plan --models placement.json --trace trace.csv --gpu-hour-price 2.50 --placement planned.json
+        chimera plan --models placement.json --trace trace.csv --rate-scale 1,2,4 --add llama     what if""",
     "bench": """
         chimera bench serve --rate 4 --seconds 60
         chimera bench compare --policies static,flexible --trace trace.csv

@@ -29,6 +29,7 @@ VERBS = {
     "explain": "why a request, a model or a moment went as it did",
     "policy": "who decides what runs where on a running server, or shall",
     "simulate": "replay a trace on paper under one policy or several",
+    "plan": "how few GPUs are enough for a trace and its promises, and what they cost",
     "bench": "replay a trace on a server, compare policies and servers, and report",
     "build-images": "build the weight images of models beforehand, with a bar of bytes",
     "models": "make small models to try things with",

@@ -10,13 +10,13 @@ import csv
 import json
 import re
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
 
 from chimera.cli.costs import table_named
+from chimera.cli.on_paper import mapping, print_table, progress
 from chimera.config.cost_tables import shipped_tables
 from chimera.config.deployment import load_placement
 from chimera.config.paper_models import is_on_paper, read_paper_models
@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     trace = whole.cut(arguments.from_s, arguments.to_s)
     if not trace.rows:
         raise ConfigError.single(str(arguments.trace), "has no request between --from and --to")
-    names = names_for(whole, [model.name for model in models], _mapping(arguments.map))
+    names = names_for(whole, [model.name for model in models], mapping(arguments.map))
     for theirs, ours in names.items():
         if theirs != ours:
             print(f"{theirs} of the trace is replayed on {ours}")
@@ -127,24 +127,13 @@ def _seeds(scenario: Scenario, trace: Trace, arguments: argparse.Namespace) -> l
                 scenario,
                 trace.rate_scaled(arguments.rate_scale, seed),
                 chronicle=chronicle,
-                progress=None if arguments.quiet else _progress(f"{scenario.policy} {seed}/{arguments.seeds}"),
+                progress=None if arguments.quiet else progress(f"{scenario.policy} {seed}/{arguments.seeds}"),
                 keep=stories.extend,
             )
         )
         if seed == 1:
             _write(arguments, scenario.policy, chronicle, stories)
     return outcomes
-
-
-def _progress(title: str) -> Callable[[float], None] | None:
-    if not sys.stderr.isatty():
-        return None
-
-    def show(share: float) -> None:
-        done = round(30 * share)
-        print(f"\r{title:24} [{'#' * done}{'.' * (30 - done)}] {share:4.0%}", end="", file=sys.stderr, flush=True)
-
-    return show
 
 
 def _write(arguments: argparse.Namespace, policy: str, chronicle: Chronicle, stories: Sequence[Story]) -> None:
@@ -168,11 +157,7 @@ def _write_stories(write: Callable[[Sequence[object]], object], policy: str, sto
 
 
 def _print_table(rows: Sequence[tuple[str, list[Outcome]]]) -> None:
-    table = [_COLUMNS, *(_row(policy, outcomes) for policy, outcomes in rows)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(_COLUMNS))]
-    for row in table:
-        left = "  ".join(cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True))
-        print(left + "  " + "  ".join(cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)))
+    print_table([_COLUMNS, *(_row(policy, outcomes) for policy, outcomes in rows)], left=2)
 
 
 def _row(policy: str, outcomes: list[Outcome]) -> tuple[str, ...]:
@@ -227,13 +212,3 @@ def _models(path: Path, gpus: Sequence[Gpu]) -> tuple[tuple[ModelSpec, ...], Pla
         return read_paper_models(path), None
     deployment = load_placement(path, gpus)
     return deployment.models, deployment.placement if deployment.placement.seats else None
-
-
-def _mapping(words: Sequence[str]) -> dict[str, str]:
-    mapping = {}
-    for word in words:
-        theirs, equals, ours = word.partition("=")
-        if not equals:
-            raise ConfigError.single("--map", f"{word!r} is not TRACE=MODEL")
-        mapping[theirs] = ours
-    return mapping

@@ -71,11 +71,33 @@ def load_placement(
 
     `gpus=None` stands for a machine without any: the file's virtual ones, or as many as it names.
     """
-    survey = survey_placement(path, gpus, elastic, environment=environment, lend=gpus is None)
-    if survey.absent:
-        fetched = _fetch(survey)
-        survey = survey_placement(path, gpus, elastic, environment=environment, lend=gpus is None, fetched=fetched)
-    return _deployment(survey)
+    return _deployment(_present(path, gpus, elastic, environment, lend=gpus is None))
+
+
+def load_splits(
+    path: str | Path, sizes: Sequence[int], *, environment: Mapping[str, str] = os.environ
+) -> tuple[tuple[ModelSpec, ...], ...]:
+    """Each model of a placement file over each of so many GPUs, as far as its heads divide; where the file wants it to stand
+    is not looked at. Models are downloaded where that is needed."""
+    survey = _present(path, (), True, environment, lend=False)
+    return tuple(
+        tuple(_over(survey, index, entry, size) for size in sizes if survey.checkpoints[index].shape.divides(size))
+        for index, entry in enumerate(survey.file.models)
+    )
+
+
+def _over(survey: Survey, index: int, entry: ModelEntry, tp_size: int) -> ModelSpec:
+    return _spec(msgspec.structs.replace(entry, tp_size=tp_size), survey.checkpoints[index], survey.tokenizers[index])
+
+
+def _present(
+    path: str | Path, gpus: Sequence[Gpu] | None, elastic: bool, environment: Mapping[str, str], *, lend: bool
+) -> Survey:
+    """A survey of models that are all on this machine."""
+    survey = survey_placement(path, gpus, elastic, environment=environment, lend=lend)
+    if not survey.absent:
+        return survey
+    return survey_placement(path, gpus, elastic, environment=environment, lend=lend, fetched=_fetch(survey))
 
 
 def survey_placement(
@@ -316,14 +338,8 @@ def _distinct(name: str, taken: set[str]) -> str:
 
 def _gang_sizes(checkpoint: Checkpoint, gpus: int) -> list[int]:
     """Powers of two that the model's heads allow, smallest first."""
-    sizes = []
-    for size in (1 << power for power in range(gpus.bit_length())):
-        try:
-            checkpoint.shape.require_divisible(size)
-        except ValueError:
-            continue
-        sizes.append(size)
-    return sizes
+    sizes = (1 << power for power in range(gpus.bit_length()))
+    return [size for size in sizes if checkpoint.shape.divides(size)]
 
 
 def _emptiest(free_bytes: Mapping[int, int], count: int) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ where that has a path.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,12 +15,15 @@ import msgspec
 from chimera.config.placement_file import Name, SloEntry
 from chimera.core.model import ModelSpec, Slo
 from chimera.errors import ConfigError
+from chimera.units import ceil_div
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class PaperModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model_name: Name
+    model_path: str = ""
+    """The checkpoint, where there is one; a simulation needs none, and a placement file does."""
     weight_bytes: Count
     kv_bytes_per_token: Count
     context_length: Count = 131072
@@ -53,11 +57,22 @@ def read_paper_models(path: Path) -> tuple[ModelSpec, ...]:
     return tuple(_spec(entry) for entry in entries)
 
 
+def paper_splits(model: ModelSpec, sizes: Sequence[int]) -> tuple[ModelSpec, ...]:
+    """The model over each of so many GPUs, each with an equal part of weights and cache."""
+    weights, token = model.weight_bytes * model.tp_size, model.kv_bytes_per_token * model.tp_size
+    return tuple(
+        msgspec.structs.replace(
+            model, tp_size=size, weight_bytes=ceil_div(weights, size), kv_bytes_per_token=ceil_div(token, size)
+        )
+        for size in sizes
+    )
+
+
 def _spec(entry: PaperModel) -> ModelSpec:
     return ModelSpec(
         name=entry.model_name,
-        path="",
-        tokenizer_path="",
+        path=entry.model_path,
+        tokenizer_path=entry.model_path,
         architecture="paper",
         weight_bytes=entry.weight_bytes,
         kv_bytes_per_token=entry.kv_bytes_per_token,

@@ -122,6 +122,10 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         element_bytes = _bytes_of(kv_dtype, model_dtype, _KV_BYTES, "kv_cache_dtype")
         return self.layers * ceil_div(self.kv_heads, tp_size) * self.kv_head_elements * element_bytes
 
+    def divides(self, tp_size: int) -> bool:
+        """Whether so many ranks come out alike."""
+        return all(weight.divides(tp_size) for weight in self.weights)
+
     def require_divisible(self, tp_size: int) -> None:
         """ValueError that names the first weight which `tp_size` ranks cannot share."""
         for weight in self.weights:

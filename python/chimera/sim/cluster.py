@@ -104,6 +104,7 @@ class Cluster:
         self._reading = False
         self._control_wake_s: float | None = None
         self._sent = 0
+        self._missed = 0
         self._made: dict[str, int] = {}
         """Tokens that lost engines had made, by request, until their front-end is asked to bring it again."""
         self.agents = self._make_agents(gpus, local)
@@ -153,23 +154,28 @@ class Cluster:
     def open(self) -> int:
         return len(self._open)
 
+    def missed(self) -> int:
+        """Requests that have missed a promise for good: those that ended so, and open ones whose first token is late."""
+        late = (o for o in self._open.values() if o.first_token_s is None and o.slo.ttft_s is not None)
+        return self._missed + sum(self.clock.now - o.request.arrived_s > o.slo.ttft_s for o in late)  # type: ignore[operator]
+
     def _close(self, request_id: str, *, last_token_s: float | None = None, refusal: str = "") -> None:
         opened = self._open.pop(request_id)
         request = opened.request
         overhead_s = self.costs.request_s
-        self._told(
-            Story(
-                request_id=request.request_id.partition(".")[0],
-                model=request.model,
-                sent_s=request.arrived_s,
-                prompt_tokens=request.prompt_tokens,
-                output_tokens=opened.output_tokens if last_token_s is not None else 0,
-                slo=opened.slo,
-                first_token_s=None if opened.first_token_s is None else opened.first_token_s + overhead_s,
-                last_token_s=None if last_token_s is None else last_token_s + overhead_s,
-                refusal=refusal,
-            )
+        story = Story(
+            request_id=request.request_id.partition(".")[0],
+            model=request.model,
+            sent_s=request.arrived_s,
+            prompt_tokens=request.prompt_tokens,
+            output_tokens=opened.output_tokens if last_token_s is not None else 0,
+            slo=opened.slo,
+            first_token_s=None if opened.first_token_s is None else opened.first_token_s + overhead_s,
+            last_token_s=None if last_token_s is None else last_token_s + overhead_s,
+            refusal=refusal,
         )
+        self._missed += not story.keeps_both
+        self._told(story)
 
     def _again(self, request_id: str, emitted: int, *, lost: bool = False, preempted: bool = False) -> None:
         """Brings a request again, with the tokens that its client has."""

@@ -45,23 +45,26 @@ def evenly(models: Iterable[ModelSpec], gpus: Sequence[Gpu], costs: CostTable, *
         for gpu_id in chosen:
             free[gpu_id] -= costs.resident_bytes(model)
         seats.append(Seat(replica=ReplicaId(model.name), gpu_ids=chosen))
-    if not reserved:
-        return Placement(tuple(seats))
-    shares = {gpu_id: sum(gpu_id in seat.gpu_ids for seat in seats) for gpu_id in free}
-    return Placement(tuple(_reserve(seat, free, shares) for seat in seats))
+    return reserve(seats, free) if reserved else Placement(tuple(seats))
 
 
 def _roomiest(free: Mapping[int, int], gpus: Sequence[Gpu], size: int) -> tuple[int, ...]:
+    return max(gangs(gpus, size), key=lambda gang: (min(free[g] for g in gang), [-g for g in gang]), default=())
+
+
+def gangs(gpus: Sequence[Gpu], size: int) -> list[tuple[int, ...]]:
     """So many GPUs of one node; a single one may be any, gangs are aligned neighbours."""
     by_node: dict[str, list[int]] = {}
     for gpu in gpus:
         by_node.setdefault(gpu.node, []).append(gpu.gpu_id)
-    gangs = [tuple(ids[at : at + size]) for ids in by_node.values() for at in range(0, len(ids) - size + 1, size)]
-    return max(gangs, key=lambda gang: (min(free[g] for g in gang), [-g for g in gang]), default=())
+    return [tuple(ids[at : at + size]) for ids in by_node.values() for at in range(0, len(ids) - size + 1, size)]
 
 
-def _reserve(seat: Seat, free: Mapping[int, int], shares: Mapping[int, int]) -> Seat:
-    return msgspec.structs.replace(seat, kv_limit_bytes=min(free[g] // shares[g] for g in seat.gpu_ids))
+def reserve(seats: Sequence[Seat], free: Mapping[int, int]) -> Placement:
+    """What is free of each GPU, in equal parts, as the caches of the seats on it."""
+    shares = {gpu_id: sum(gpu_id in seat.gpu_ids for seat in seats) for gpu_id in free}
+    parts = (min(free[g] // shares[g] for g in seat.gpu_ids) for seat in seats)
+    return Placement(tuple(msgspec.structs.replace(seat, kv_limit_bytes=part) for seat, part in zip(seats, parts, strict=True)))
 
 
 def require_fitting(models: Sequence[ModelSpec], gpus: Sequence[Gpu], costs: CostTable) -> None:

@@ -24,6 +24,8 @@ WARM_UP_S = 60.0
 """The system comes up before the first request is sent."""
 COOL_DOWN_S = 300.0
 """So long after the last request an answer still counts."""
+LOOK_EVERY = 16
+"""After so many requests it is asked whether too many have missed a promise."""
 
 
 class Scenario(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,12 +67,14 @@ def simulate(
     script: Sequence[tuple[float, Callable[[Cluster], None]]] = (),
     keep: Callable[[list[Story]], None] | None = None,
     witness: Witness | None = None,
+    most_missed: int | None = None,
 ) -> Outcome:
-    """`script` holds what else happens, by the time of the trace: failures, changes of policy."""
+    """`script` holds what else happens, by the time of the trace: failures, changes of policy. Once more than `most_missed`
+    requests have missed a promise, the run ends: for whoever only asks whether so few do."""
     stories: list[Story] = []
     rows = trace.rows if progress is None else _watched(trace.rows, progress)
     told = None if keep is None else stories.append
-    outcome = play(scenario, rows, chronicle=chronicle, script=script, told=told, witness=witness)
+    outcome = play(scenario, rows, chronicle=chronicle, script=script, told=told, witness=witness, most_missed=most_missed)
     if keep is not None:
         keep([_on_trace_time(story) for story in stories])
     return outcome
@@ -91,6 +95,7 @@ def play(
     script: Sequence[tuple[float, Callable[[Cluster], None]]] = (),
     told: Callable[[Story], None] | None = None,
     witness: Witness | None = None,
+    most_missed: int | None = None,
 ) -> Outcome:
     """`simulate` for millions: rows are drawn as they are sent, and of a request nothing stays but its figures.
 
@@ -123,7 +128,7 @@ def play(
     )
     for at_s, happen in script:
         cluster.clock.at(WARM_UP_S + at_s, lambda happen=happen: happen(cluster))  # type: ignore[misc]
-    _replay(cluster, rows)
+    _replay(cluster, rows, most_missed)
     span_s = cluster.clock.now - WARM_UP_S
     cluster.close_open()
     cluster.end_spans()
@@ -151,11 +156,13 @@ def _on_trace_time(story: Story) -> Story:
     )
 
 
-def _replay(cluster: Cluster, rows: Iterable[Row]) -> None:
+def _replay(cluster: Cluster, rows: Iterable[Row], most_missed: int | None) -> None:
     """Each row is asked for when the one before it is sent."""
     clock = cluster.clock
     coming = iter(rows)
     due: Row | None = None
+    sent = 0
+    hopeless = False
     end_s = WARM_UP_S + COOL_DOWN_S
 
     def expect() -> None:
@@ -166,11 +173,15 @@ def _replay(cluster: Cluster, rows: Iterable[Row]) -> None:
             end_s = WARM_UP_S + due.at_s + COOL_DOWN_S
 
     def arrive() -> None:
+        nonlocal sent, hopeless
         row = due
         assert row is not None
+        sent += 1
+        if most_missed is not None and sent % LOOK_EVERY == 0:
+            hopeless = cluster.missed() > most_missed
         expect()
         cluster.send(row)
 
     expect()
-    while (due is not None or (cluster.open and clock.now <= end_s)) and clock.step():
+    while not hopeless and (due is not None or (cluster.open and clock.now <= end_s)) and clock.step():
         pass

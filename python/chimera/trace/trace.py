@@ -63,6 +63,22 @@ class Trace(msgspec.Struct, frozen=True):
         rows.sort(key=lambda row: row.at_s)
         return Trace(self.source, tuple(rows))
 
+    def another_day(self, scale: float, seed: int) -> Trace:
+        """A day like this one, `scale` times as busy on average: of each request as many as a Poisson draw says.
+
+        The first of them keeps its moment and the others come close to it, as with `rate_scaled`; see docs/metrics.md.
+        """
+        _require_positive(self.source, "rate scale", scale)
+        draw = random.Random(f"day/{seed}:{scale}")
+        last_s = self.rows[-1].at_s if self.rows else 0.0
+        rows = []
+        for row in self.rows:
+            for copy in range(_poisson(draw, scale)):
+                shift_s = draw.uniform(-SPREAD_S, SPREAD_S) if copy else 0.0
+                rows.append(msgspec.structs.replace(row, at_s=min(last_s, max(0.0, row.at_s + shift_s))))
+        rows.sort(key=lambda row: row.at_s)
+        return Trace(self.source, tuple(rows))
+
     def length_scaled(self, scale: float) -> Trace:
         """Prompts and answers `scale` times as long, at least one token each."""
         _require_positive(self.source, "length scale", scale)
@@ -124,6 +140,15 @@ def names_for(trace: Trace, ours: Sequence[str], wanted: Mapping[str, str] | Non
     for number, name in enumerate(name for name in theirs if name not in names):
         names[name] = free[number % len(free)]
     return {name: names[name] for name in theirs}
+
+
+def _poisson(draw: random.Random, mean: float) -> int:
+    """How many arrivals of a steady stream fall into `mean` of their mean gaps."""
+    count, passed = 0, draw.expovariate(1.0)
+    while passed < mean:
+        count += 1
+        passed += draw.expovariate(1.0)
+    return count
 
 
 def _require_positive(source: str, what: str, value: float) -> None:

@@ -1,0 +1,49 @@
+"""What the verbs share that work on paper: names on the command line, a bar while they reckon, and a table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from chimera.errors import ConfigError
+
+_BAR = 30
+
+
+def mapping(words: Sequence[str]) -> dict[str, str]:
+    """Which of our models stands for one of the trace."""
+    found = {}
+    for word in words:
+        theirs, equals, ours = word.partition("=")
+        if not equals:
+            raise ConfigError.single("--map", f"{word!r} is not TRACE=MODEL")
+        found[theirs] = ours
+    return found
+
+
+def progress(title: str) -> Callable[[float], None] | None:
+    """A bar, where somebody looks."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(share: float) -> None:
+        done = round(_BAR * share)
+        print(f"\r{title:32} [{'#' * done}{'.' * (_BAR - done)}] {share:4.0%}", end="", file=sys.stderr, flush=True)
+
+    return show
+
+
+def clear_progress() -> None:
+    if sys.stderr.isatty():
+        print("\r" + " " * 80 + "\r", end="", file=sys.stderr, flush=True)
+
+
+def print_table(rows: Sequence[Sequence[str]], *, left: int) -> None:
+    """So many columns begin on the left, the others end on the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        cells = (
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join(cells).rstrip())
