@@ -51,19 +51,29 @@ Points = list[tuple[int, float]]
 def fitted(model: Mapping[str, Any], table: dict[str, Any], ttft: Points, tpot: Points) -> dict[str, Any]:
     """The table with what one model tells, as a server's snapshot describes it: TTFT by prompt tokens, TPOT by sequences."""
     name, weight_bytes = model["name"], model["weight_bytes"]
-    half_pair_s, token_s, first_s = (float(c) for c in numpy.polyfit(*zip(*ttft, strict=True), deg=2))
+    half_pair_s, token_s, first_s = _rising(ttft)
     sequence_s, step_s = (float(c) for c in numpy.polyfit(*zip(*tpot, strict=True), deg=1))
-    read_s = weight_bytes / table["weight_bytes_per_s"]
+    base_s = max(1e-5, step_s - weight_bytes / table["weight_bytes_per_s"])
     found = {
-        "step_s": max(1e-5, step_s - read_s),
+        "step_s": base_s,
         "step_sequence_s": max(0.0, sequence_s),
-        "request_s": max(0.0, first_s - step_s),
+        "request_s": max(0.0, first_s - base_s),
         "prefill_weight_bytes_per_s": weight_bytes / max(1e-9, token_s),
         "prefill_kv_bytes_per_s": model["kv_bytes_per_token"] / max(1e-12, 2 * half_pair_s),
     }
     told = table | {key: float(f"{value:.4g}") for key, value in found.items()}
     source = f"measured by benchmark/sim/fit.py on {name} alone ({weight_bytes} weight bytes)"
     return told | {"sources": table["sources"] | dict.fromkeys(found, source)}
+
+
+def _rising(points: Points) -> tuple[float, float, float]:
+    """The parabola, if a longer prompt costs more per token, and else the line: a slope belongs to its own curvature only."""
+    lengths, seconds = zip(*points, strict=True)
+    half_pair_s, token_s, first_s = (float(c) for c in numpy.polyfit(lengths, seconds, deg=2))
+    if half_pair_s > 0 and token_s > 0:
+        return half_pair_s, token_s, first_s
+    token_s, first_s = (float(c) for c in numpy.polyfit(lengths, seconds, deg=1))
+    return 0.0, token_s, first_s
 
 
 def measured(url: str, name: str) -> tuple[Points, Points]:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import random
 from pathlib import Path
 from types import SimpleNamespace
 
 import msgspec
 import pytest
+from chimera.config.cost_tables import read_cost_table
+from chimera.core.metrics import Story
 from chimera.core.model import Slo
+from chimera.sched.cost import CostTable, Factors
+from chimera.sim.placing import gpus_of
+from chimera.sim.run import Scenario, simulate
 from chimera.trace.trace import Row, Trace
 
-from benchmark.sim import policies, reality
+from benchmark.sim import fit, policies, reality
 from benchmark.sim.bench import Cell
+from benchmark.sim.calibration import Calibration
 from tests.sched.builders import costs, model
 
 CELL = Cell(trace="told", from_s=0, to_s=10, models="8", gpus=2, level="80%", rate=1.0)
@@ -44,3 +52,43 @@ def test_a_trace_for_real_engines_fits_their_contexts_and_their_time() -> None:
     work_s = sum(table.of(models[0]).request_s(row.prompt_tokens, row.output_tokens, 2.0) for row in scaled.rows)
     assert work_s == pytest.approx(0.5 * 20, rel=0.1)
     assert all(m.slo.ttft_s and m.slo.tpot_s for m in promising)
+
+
+def test_a_calibration_finds_what_a_server_on_paper_costs() -> None:
+    """The paper's own server is asked, so what it costs is known to the digit."""
+    models = tuple(msgspec.structs.replace(model(name), slo=Slo(), weight_bytes=10**7) for name in "ab")
+    shipped = msgspec.json.decode(read_cost_table("cpu-2-cores"), type=CostTable)
+    true = msgspec.structs.replace(shipped, refined={"b": Factors(decode=1.5, prefill=1.25)})
+    scenario = Scenario(models=models, gpus=gpus_of(2, true.gpu_bytes), costs=true, policy="static", local="fcfs")
+
+    async def server(trace: Trace, concurrency: int | None) -> list[Story]:
+        rows = trace.rows
+        if concurrency == 1:  # each long after the one before it
+            rows = tuple(msgspec.structs.replace(row, at_s=5.0 * n) for n, row in enumerate(rows))
+        told: list[Story] = []
+        simulate(scenario, Trace(trace.source, rows), keep=told.extend)
+        return sorted(told, key=lambda story: int(story.request_id))
+
+    calibration = Calibration(models, server, longest=600)
+    asyncio.run(calibration.ask(random.Random(1)))
+    found = calibration.table()
+    for spec in models:
+        for tokens in (20, 150, 500):
+            expected_s = true.request_s + true.of(spec).prompt_s(tokens)
+            assert found.request_s + found.of(spec).prompt_s(tokens) == pytest.approx(expected_s, rel=0.05)
+        for batch in (1, 4):
+            assert found.of(spec).decode_s(batch, batch * 40) == pytest.approx(
+                true.of(spec).decode_s(batch, batch * 40), rel=0.1
+            )
+
+
+def test_a_fit_without_curvature_is_a_line() -> None:
+    """A parabola that bends down has a slope too steep for prompts of any length."""
+    bent = [(tokens, 0.02 + 1e-4 * tokens - 6e-8 * tokens**2) for tokens in range(10, 600, 10)]
+    spec = {"name": "a", "weight_bytes": 10**7, "kv_bytes_per_token": 1024}
+    base = msgspec.json.decode(read_cost_table("cpu-2-cores"))
+    table = msgspec.convert(fit.fitted(spec, base, bent, [(1, 0.005), (8, 0.012)]), type=CostTable)
+    cost = table.plain(msgspec.structs.replace(model("a"), weight_bytes=10**7))
+    wrong_s = [table.request_s + cost.prompt_s(tokens) - s for tokens, s in bent]
+    assert sum(wrong_s) / len(wrong_s) == pytest.approx(0.0, abs=1e-4)
+    assert max(map(abs, wrong_s)) < 0.005
