@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from chimera.config import checkpoint, deployment
 from chimera.config.checkpoint import download, locate, missing_tokenizer, read_checkpoint
+from chimera.core.model import Tastes
 from chimera.errors import ConfigError
 
 MakeModel = Callable[..., Path]
@@ -40,6 +41,22 @@ def test_everything_that_a_folder_lacks_is_named(tmp_path: Path) -> None:
 def test_a_config_that_is_not_understood_is_quoted(make_model: MakeModel, config: str, named: str) -> None:
     folder = make_model("llama")
     (folder / "config.json").write_text(config)
+    with pytest.raises(ConfigError, match=named):
+        read_checkpoint(folder)
+
+
+def test_how_its_makers_would_pick_tokens_is_read(make_model: MakeModel) -> None:
+    folder = make_model("llama")
+    assert read_checkpoint(folder).tastes == Tastes()
+    told = {"do_sample": True, "eos_token_id": [1, 4], "temperature": 0.6, "top_k": 20, "top_p": None}
+    (folder / "generation_config.json").write_text(json.dumps(told))
+    assert read_checkpoint(folder).tastes == Tastes(temperature=0.6, top_k=20)
+
+
+@pytest.mark.parametrize(("told", "named"), [("{", "generation_config.json"), ('{"top_p": 7}', r"\$\.top_p")])
+def test_tastes_that_make_no_sense_are_quoted(make_model: MakeModel, told: str, named: str) -> None:
+    folder = make_model("llama")
+    (folder / "generation_config.json").write_text(told)
     with pytest.raises(ConfigError, match=named):
         read_checkpoint(folder)
 

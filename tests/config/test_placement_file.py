@@ -8,7 +8,7 @@ import pytest
 from chimera.config.deployment import Deployment, deployment_of_models, load_placement, survey_placement
 from chimera.config.virtual_gpus import parse_virtual_gpus
 from chimera.core.gpu import Gpu
-from chimera.core.model import Slo
+from chimera.core.model import Slo, Tastes
 from chimera.core.placement import Seat
 from chimera.core.replica import ReplicaId
 from chimera.errors import ConfigError
@@ -90,6 +90,12 @@ def test_every_key_of_ours_reaches_the_model(load: Load) -> None:
     assert (model.engine, model.dtype, model.quantization, model.context_length) == ("simulated", "float32", "fp8", 256)
     assert model.engine_args == {"kv_cache_dtype": "fp8_e5m2", "attention_backend": "triton"}
     assert model.kv_bytes_per_token == 2 * 2 * 2 * 16 * 1
+
+
+def test_the_makers_taste_is_taken_unless_the_entry_says_openai(load: Load, tmp_path: Path) -> None:
+    plain = entry("plain", engine_args={"sampling_defaults": "openai"})
+    (tmp_path / "llama" / "generation_config.json").write_text('{"temperature": 0.6}')
+    assert [model.tastes for model in load(entry("a"), plain).models] == [Tastes(temperature=0.6), Tastes()]
 
 
 @pytest.mark.parametrize(

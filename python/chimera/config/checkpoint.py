@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from chimera.config.faults import Faults, nearest
+from chimera.core.model import Tastes
 from chimera.core.shape import ModelShape, shape_of
 from chimera.errors import ConfigError
 from chimera.units import MIB
@@ -34,6 +35,7 @@ class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
 
     folder: Path
     shape: ModelShape
+    tastes: Tastes = Tastes()
 
 
 def locate(name: str, roots: Sequence[Path], *, weights: bool = True) -> Path | None:
@@ -54,12 +56,12 @@ def locate(name: str, roots: Sequence[Path], *, weights: bool = True) -> Path | 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """ConfigError lists everything that keeps the folder from being loaded. Its tokenizer may lie elsewhere."""
     faults = Faults(str(folder))
-    shape = _shape(folder, faults)
+    shape, tastes = _shape(folder, faults), _tastes(folder, faults)
     if missing := _missing_weights(folder):
         faults.add("", f"{folder.name}: {missing}")
     faults.require_none()
     assert shape is not None, "a shape, or a fault that says why not"
-    return Checkpoint(folder=folder, shape=shape)
+    return Checkpoint(folder=folder, shape=shape, tastes=tastes)
 
 
 def missing_tokenizer(folder: Path) -> str:
@@ -133,6 +135,17 @@ def _shape(folder: Path, faults: Faults) -> ModelShape | None:
     except (OSError, ValueError, RecursionError) as reason:
         faults.add("", f"{folder.name}/config.json: {reason}")
     return None
+
+
+def _tastes(folder: Path, faults: Faults) -> Tastes:
+    """What generation_config.json says of picking; many checkpoints have none."""
+    try:
+        return msgspec.convert(_json_object(folder / "generation_config.json"), type=Tastes)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, RecursionError) as reason:  # a value out of its bounds is a ValueError too
+        faults.add("", f"{folder.name}/generation_config.json: {reason}")
+    return Tastes()
 
 
 def _missing_weights(folder: Path) -> str:

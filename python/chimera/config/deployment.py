@@ -21,7 +21,7 @@ from chimera.config.roots import Roots
 from chimera.config.rules import Rules, keep_alive_s, kv_dtype, pool_bytes
 from chimera.config.virtual_gpus import default_virtual_gpus, parse_virtual_gpus
 from chimera.core.gpu import Gpu
-from chimera.core.model import ModelSpec, Slo
+from chimera.core.model import ModelSpec, Slo, Tastes
 from chimera.core.placement import Placement, Seat
 from chimera.core.replica import ReplicaId
 from chimera.errors import ConfigError
@@ -161,18 +161,17 @@ def deployment_of_models(paths: Sequence[str], gpus: Sequence[Gpu] | None = None
     for written in paths:
         try:
             folder = locate(written, [Path()]) or download(written)
-            shape = read_checkpoint(folder).shape
+            checkpoint = read_checkpoint(folder)
             if missing := missing_tokenizer(folder):
                 raise ConfigError.single("", missing)
         except ConfigError as error:
             faults.adopt(written, error)
             continue
         name = _distinct(os.path.basename(os.path.normpath(written)), {model.name for model in models})
-        checkpoint = Checkpoint(folder=folder, shape=shape)
         tp_size = next((size for size in _gang_sizes(checkpoint, len(gpus)) if _fits(checkpoint, size, free_bytes)), None)
         if tp_size is None:
             room = ", ".join(format_bytes(free) for free in free_bytes.values())
-            faults.add(written, f"{format_bytes(shape.weight_bytes())} of weights do not fit: free are {room}")
+            faults.add(written, f"{format_bytes(checkpoint.shape.weight_bytes())} of weights do not fit: free are {room}")
             continue
         model = _spec(ModelEntry(model_name=name, model_path=written, tp_size=tp_size), checkpoint, folder)
         models.append(model)
@@ -317,6 +316,7 @@ def _spec(entry: ModelEntry, checkpoint: Checkpoint, tokenizer: Path) -> ModelSp
         drain_s=entry.drain_s,
         tool_call_parser=entry.tool_call_parser,
         reasoning_parser=entry.reasoning_parser,
+        tastes=Tastes() if entry.engine_args.get("sampling_defaults") == "openai" else checkpoint.tastes,
         embedding=not shape.generates or entry.engine_args.get("is_embedding") is True,
         engine=entry.engine,
         engine_args=entry.engine_args,

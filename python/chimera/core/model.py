@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -14,6 +14,16 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
     tpot_s: float | None = None
     reject_late: bool = False
     """Whether a request that cannot be in time is turned away at once; if not, it is served when no other can be in time."""
+
+
+class Tastes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How a model's makers would pick its tokens, where a request does not say. `None`: they do not say either."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=2)] | None = None
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -44,6 +54,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     """How it writes calls, in SGLang's words; `auto` or `None`: as its chat template suggests, when a request has tools."""
     reasoning_parser: str | None = None
     """How it sets its thoughts apart; `None`: they are not told apart from what it says."""
+    tastes: Tastes = Tastes()
     embedding: bool = False
     """It makes embeddings, and no text."""
     engine: str = "sglang"
@@ -67,4 +78,5 @@ _NO_ENGINES_BUSINESS = (
     "drain_s",
     "tool_call_parser",
     "reasoning_parser",
+    "tastes",
 )

@@ -7,7 +7,9 @@ from typing import Any
 
 import msgspec
 
+from chimera.core.model import Tastes
 from chimera.errors import RequestError
+from chimera.msg.stream import Sampling
 from chimera.parsing.tokenizer import ModelTokenizer
 from chimera.parsing.tools import Hearing
 from chimera.server import intake
@@ -41,6 +43,10 @@ class CompletionRequest(OpenAiRequest, frozen=True, kw_only=True):
 
     def prompts(self, tokenizer: ModelTokenizer) -> list[list[int]]:
         return [intake.prompt_ids(tokenizer, prompt, param="prompt") for prompt in intake.plain_prompts(self.prompt, "prompt")]
+
+    def sampling(self, max_new_tokens: int, tastes: Tastes) -> Sampling:
+        """As SGLang's own: the makers' tastes are for chats."""
+        return super().sampling(max_new_tokens, Tastes())
 
     def dialect(self, request_id: str, tokenizer: ModelTokenizer, hearing: Hearing | None) -> Dialect:
         return CompletionDialect(self, request_id, tokenizer)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 import msgspec
 
-from chimera.core.model import ModelSpec, Slo
+from chimera.core.model import ModelSpec, Slo, Tastes
 from chimera.errors import RequestError
 from chimera.msg.stream import Grammar, Sampling
 from chimera.parsing.tokenizer import ModelTokenizer
@@ -76,7 +76,7 @@ class CompletionWish(Protocol):
         """Refuse by name what is known and not served."""
 
     def prompts(self, tokenizer: ModelTokenizer) -> list[list[int]]: ...
-    def sampling(self, max_new_tokens: int) -> Sampling: ...
+    def sampling(self, max_new_tokens: int, tastes: Tastes) -> Sampling: ...
     def dialect(self, request_id: str, tokenizer: ModelTokenizer, hearing: Hearing | None) -> Dialect:
         """Without a hearing, an answer's text is what it says."""
 
@@ -145,7 +145,7 @@ def terms(
     field, grammar = (None, None) if form is None else form
     found = []
     for prompt in prompts:
-        sampling = wish.sampling(room_for_answer(spec, wish, len(prompt)))
+        sampling = wish.sampling(room_for_answer(spec, wish, len(prompt)), spec.tastes)
         _check_tokens(sampling.logit_bias or (), tokenizer, "logit_bias")
         if grammar is not None:
             sampling = msgspec.structs.replace(sampling, grammar=grammar)

@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from chimera.core.model import Tastes
 from chimera.errors import RequestError
 from chimera.msg.events import Outcome
 from chimera.msg.stream import Grammar, Sampling, TokenLogprobs
@@ -108,8 +109,9 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     def prompts(self, tokenizer: ModelTokenizer) -> list[list[int]]:
         return [intake.prompt_ids(tokenizer, self._prompt(), param=self.prompt_field)]
 
-    def sampling(self, max_new_tokens: int) -> Sampling:
-        return self.sampling_params.sampling(max_new_tokens)
+    def sampling(self, max_new_tokens: int, tastes: Tastes) -> Sampling:
+        """As SGLang's own: the makers' tastes are for chats."""
+        return self.sampling_params.sampling(max_new_tokens, Tastes())
 
     def dialect(self, request_id: str, tokenizer: ModelTokenizer, hearing: Hearing | None) -> Dialect:
         return NativeDialect(self, self.rid or request_id, tokenizer)

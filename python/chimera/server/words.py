@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import msgspec
 
+from chimera.core.model import Tastes
 from chimera.msg.stream import Grammar, Sampling
 from chimera.parsing.tools import Toolbox
 
@@ -24,6 +25,9 @@ Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
 Priority = Annotated[int, msgspec.Meta(ge=-1000, le=1000)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 Milliseconds = Annotated[float, msgspec.Meta(gt=0, le=86_400_000)]
+
+
+T = TypeVar("T")
 
 
 KeepAlive = Annotated[float, msgspec.Meta(ge=-(10**9), le=10**9)] | Annotated[str, msgspec.Meta(min_length=1, max_length=32)]
@@ -69,16 +73,17 @@ class Picking(msgspec.Struct, frozen=True, kw_only=True):
             return "regex", Grammar("regex", self.regex)
         return None if self.ebnf is None else ("ebnf", Grammar("ebnf", self.ebnf))
 
-    def sampling(self, max_new_tokens: int) -> Sampling:
+    def sampling(self, max_new_tokens: int, tastes: Tastes) -> Sampling:
+        """The request's word goes first, then the model's makers', then OpenAI's."""
         return Sampling(
             max_new_tokens=max_new_tokens,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=self.top_p or 1.0,
-            top_k=self.top_k or -1,
-            min_p=self.min_p or 0.0,
+            temperature=_first(self.temperature, tastes.temperature, 1.0),
+            top_p=_first(self.top_p, tastes.top_p, 1.0),
+            top_k=_first(self.top_k, tastes.top_k, 0) or -1,
+            min_p=_first(self.min_p, tastes.min_p, 0.0),
             frequency_penalty=self.frequency_penalty or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
-            repetition_penalty=self.repetition_penalty or 1.0,
+            repetition_penalty=_first(self.repetition_penalty, tastes.repetition_penalty, 1.0),
             min_new_tokens=min(self.fewest_tokens, max_new_tokens),
             seed=self.first_seed,
             stop_token_ids=tuple(self.stop_token_ids or ()),
@@ -121,3 +126,9 @@ class OurWords(Picking, frozen=True, kw_only=True):
     @property
     def tells_thoughts(self) -> bool:
         return False
+
+
+def _first(written: T | None, makers: T | None, otherwise: T) -> T:
+    if written is not None:
+        return written
+    return otherwise if makers is None else makers
