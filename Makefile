@@ -3,6 +3,7 @@ PYTHON  ?= python3
 MACHINE := $(if $(wildcard /proc/driver/nvidia/version),cuda,cpu)
 BIN     := .venv/bin
 READY   := .venv/.ready-$(MACHINE)
+TOOLS   := .venv/.tools
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Where pip finds a CPU build of torch, if not by itself: make TORCH_INDEX=URL ... (install.md says which)
 TORCH_INDEX ?=
@@ -17,11 +18,11 @@ help:                ## this list
 serve: $(READY)      ## start the server on FILE (default: three small models that answer, no GPU needed)
 	@$(BIN)/chimera serve $(FILE)
 
-test: $(READY)       ## linter, types and quick tests
+test: $(TOOLS)       ## linter, types and quick tests
 	@echo "test: ruff, mypy, quick tests"
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/pytest
 
-test-all: $(READY)   ## the slow tests too: real engines, killed processes
+test-all: $(TOOLS)   ## the slow tests too: real engines, killed processes
 	@echo "test-all: slow tests"
 	@$(BIN)/pytest -m slow
 
@@ -34,7 +35,7 @@ models: $(MODELS)/.made ## the random tiny models that the other model_configs/c
 RELEASES := 0.5.16 0.5.20 0.5.23
 SMOKE    := tests/engine/allocator_cases.py tests/engine/test_sglang.py tests/engine/test_elastic.py tests/engine/test_gang.py
 
-test-sglang-matrix: $(RELEASES:%=.sglang/%) ## the engine's smoke suite on each supported release of SGLang
+test-sglang-matrix: $(TOOLS) $(RELEASES:%=.sglang/%) ## the engine's smoke suite on each supported release of SGLang
 	@for release in $(RELEASES); do echo "test-sglang-matrix: SGLang $$release"; \
 	  PYTHONPATH=.sglang/$$release $(BIN)/pytest -m slow $(SMOKE) -k "$(or $(K),not greedy_answers or greedy_answers and llama)" || exit 1; done
 
@@ -46,13 +47,17 @@ install: $(READY)    ## only set up .venv
 clean:               ## forget .venv and the tiny models
 	rm -rf .venv .sglang $(MODELS)
 
-$(READY): requirements/$(MACHINE).txt requirements/dev.txt pyproject.toml
+$(READY): requirements/$(MACHINE).txt pyproject.toml
 	@echo "set-up: installing the $(MACHINE) packages into .venv (once; 1.7 GB on a CPU)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(PIP) $(if $(filter cpu,$(MACHINE)),--no-deps) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements/$(MACHINE).txt
 	@$(BIN)/python -c "import torch" || { echo "set-up: pip found no CPU build of torch: make TORCH_INDEX=URL install (install.md, A machine without a GPU)"; exit 1; }
-	@$(PIP) --no-deps -r requirements/dev.txt
 	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(TOOLS): $(READY) requirements/dev.txt
+	@echo "set-up: installing what checks the package into .venv (once)"
+	@$(PIP) --no-deps -r requirements/dev.txt
 	@touch $@
 
 $(MODELS)/.made: $(READY) $(wildcard python/chimera/tiny/*.py)
