@@ -137,9 +137,10 @@ def number(value: float) -> str:
 
 def _command() -> str:
     """What was run, as one would type it again at the top of the checkout; of paths elsewhere only their names."""
-    script = os.path.relpath(sys.argv[0], Path(__file__).parents[1])
+    module = sys.modules["__main__"].__spec__
+    script = [os.path.relpath(sys.argv[0], Path(__file__).parents[1])] if module is None else ["-m", module.name]
     words = [word for at, word in enumerate(sys.argv) if at and word != "--json" and sys.argv[at - 1] != "--json"]
-    return shlex.join(["python", script, *(Path(word).name if word.startswith("/") else word for word in words)])
+    return shlex.join(["python", *script, *(Path(word).name if word.startswith("/") else word for word in words)])
 
 
 def _circumstances(seed: int | None) -> dict[str, str]:

@@ -6,7 +6,7 @@ FROM python:3.11-slim-bookworm
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc g++ libnuma1 \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --create-home chimera
+ && useradd --uid 10001 --create-home chimera
 
 WORKDIR /srv/chimera
 
@@ -22,7 +22,8 @@ RUN pip install --no-cache-dir --no-deps .
 COPY model_configs model_configs
 COPY examples/tiny_models examples/tiny_models
 
-USER chimera
+# By number, so that Kubernetes sees that it is not root.
+USER 10001
 EXPOSE 8000
 HEALTHCHECK --start-period=2m --interval=10s --timeout=5s \
   CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]

@@ -8,7 +8,7 @@ FROM nvidia/cuda:${CUDA}-devel-ubuntu24.04
 RUN apt-get update \
  && apt-get install -y --no-install-recommends gcc g++ libnuma1 ninja-build python3 python3-dev python3-venv \
  && rm -rf /var/lib/apt/lists/* \
- && useradd --create-home chimera \
+ && useradd --uid 10001 --create-home chimera \
  && python3 -m venv /opt/chimera
 ENV PATH=/opt/chimera/bin:$PATH
 
@@ -23,7 +23,8 @@ RUN pip install --no-cache-dir .
 
 COPY model_configs model_configs
 
-USER chimera
+# By number, so that Kubernetes sees that it is not root.
+USER 10001
 EXPOSE 8000
 HEALTHCHECK --start-period=10m --interval=10s --timeout=5s \
   CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]

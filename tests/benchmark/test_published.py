@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 from benchmark import published
 
@@ -32,3 +38,18 @@ def test_a_goal_that_was_missed_is_told_like_one_that_was_met(tmp_path: Path) ->
 
 def test_the_page_is_the_one_that_the_results_make() -> None:
     assert (published.HERE / "README.md").read_text() == published.page(), "run: python benchmark/published.py"
+
+
+RESULTS = sorted((published.HERE / "results").glob("*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_a_figure_names_its_script_which_is_here_and_takes_these_options(path: Path) -> None:
+    words = shlex.split(json.loads(path.read_text())["command"])
+    script, options = (words[1:3], words[3:]) if words[1] == "-m" else (words[1:2], words[2:])
+    root = published.HERE.parent
+    told = subprocess.run([sys.executable, *script, "--help"], cwd=root, capture_output=True, text=True, timeout=120.0)
+    assert told.returncode == 0, told.stderr
+    for option in options:
+        assert not option.startswith("--") or re.search(rf"{option}\b", told.stdout), f"{script} has no {option}"

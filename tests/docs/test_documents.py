@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import functools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,22 @@ _PATH = re.compile(r"^[\w.-]+(/[\w.-]+)+/?$")
 _PLACES = (ROOT, ROOT / "python" / "chimera")
 _TOP = {path.name for place in _PLACES for path in place.iterdir() if path.is_dir() and not path.name.startswith(".")}
 _KINDS = (".py", ".md", ".json", ".sh", ".txt", ".yaml", ".yml", ".toml", ".png", ".svg", ".service")
+
+
+@functools.cache
+def helps() -> dict[str, str]:
+    """What `chimera VERB --help` says on a terminal of 80 columns, the verbs of a verb included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "80")
+        return {words: parser.format_help() for words, parser in _parsers(make_parser(), "")}
+
+
+def _parsers(parser: argparse.ArgumentParser, words: str) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb, below in action.choices.items():
+                yield f"{words} {verb}".strip(), below
+                yield from _parsers(below, f"{words} {verb}".strip())
 
 
 @EVERY
@@ -60,13 +79,22 @@ def test_every_chimera_command_in_a_sentence_has_a_verb_and_flags_that_exist(doc
             assert flags <= known, f"chimera {words[1]} has no {flags - known}: {text}"
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_every_example_of_a_verbs_help_parses(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    shown = [line for line in (examples.of(verb) or "").splitlines() if "chimera" in line]
+@pytest.mark.parametrize("verb", helps())
+def test_the_examples_of_a_verbs_help_parse_and_are_of_that_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    told = re.sub(r"\\\n\s*", "", examples.of(verb) or examples.of(verb.partition(" ")[0]) or "")
+    # What explains a line stands two spaces and more behind it.
+    shown = [line.strip().partition("  ")[0] for line in told.splitlines() if "chimera" in line]
+    assert any(line.startswith(f"chimera {verb}") for line in shown)
     for line in shown:
-        # What explains a line stands two spaces and more behind it.
-        parsed = [_parse(command, capsys) for command in commands(line.strip().partition("  ")[0])]
-        assert parsed[0] == verb, line
+        assert any(_parse(command, capsys) for command in commands(line)), line
+
+
+@pytest.mark.parametrize("verb", helps())
+def test_a_verbs_help_fits_a_terminal_and_says_each_default_once_and_in_words(verb: str) -> None:
+    for line in helps()[verb].splitlines():
+        assert len(line) <= 80, line
+        assert not re.search(r"default: (None|\[|False|True|inf)|default \S+\)|default: [^)]*\) \(default", line), line
+    assert len(helps()[verb].split("\n\n")) > 3, "a usage, a purpose, options and examples"
 
 
 def test_the_first_steps_of_the_help_parse(capsys: pytest.CaptureFixture[str]) -> None:

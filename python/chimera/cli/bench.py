@@ -15,7 +15,7 @@ from chimera.bench.campaign import Arm, Campaign
 from chimera.bench.dialect import APIS, dialect_named
 from chimera.bench.session import known_models
 from chimera.bench.stream import Target
-from chimera.cli import workload
+from chimera.cli import examples, workload
 from chimera.cli.circumstances import circumstances
 from chimera.cli.server_url import DEFAULT_URL
 from chimera.cli.status import table
@@ -29,20 +29,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         ("serve", "one run: a trace, an arrival process, or so many requests at a time", _serve),
         ("sweep", "run after run: the highest rate at which so many of a hundred promises are kept", _sweep),
         ("compare", "policies of one server, or several servers, in turn on the same requests", _compare),
-        ("calibrate", "what each model takes with nobody else there: the SLOs of later runs, before their scale", _calibrate),
+        ("calibrate", "what each model takes when it is alone: the SLOs of later runs", _calibrate),
     ):
-        verb = verbs.add_parser(name, help=purpose, description=purpose, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        verb = _verb(verbs, name, purpose)
         _server_options(verb)
         workload.configure(verb)
         verb.set_defaults(run_bench=run)
         if name in _OPTIONS:
             _OPTIONS[name](verb)
-    switch = verbs.add_parser("switch", help="how long a model takes to come up, and the first answer of one that is down")
+    switch = _verb(verbs, "switch", "how long a model takes to come up, and the first answer of one that is down")
     _server_options(switch)
     switch.add_argument("--models", type=lambda text: text.split(","), default=[], metavar="A,B", help="these (default: all)")
-    switch.add_argument("--rounds", type=int, default=5, help="of each model (default: %(default)s)")
+    switch.add_argument("--rounds", type=int, default=5, metavar="N", help="of each model (default: %(default)s)")
     switch.set_defaults(run_bench=_switch)
-    report = verbs.add_parser("report", help="one HTML page and PNGs of finished runs, side by side")
+    report = _verb(verbs, "report", "one HTML page and PNGs of finished runs, side by side")
     report.add_argument("what", nargs="+", type=Path, metavar="DIR|FILE", help="results as the other verbs write them")
     report.add_argument("--out", type=Path, default=Path("bench-report"), metavar="DIR", help="default: %(default)s")
     report.add_argument("--title", default="Replay", help="default: %(default)s")
@@ -54,11 +54,22 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
+def _verb(verbs: Any, name: str, purpose: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=purpose,
+        description=purpose,
+        epilog=examples.of(f"bench {name}"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
 def _server_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--url", default=DEFAULT_URL, help="where the server is (default: %(default)s)")
     add("--api", choices=APIS, default="completions", help="default: %(default)s")
-    add("--temperature", type=float, default=0.0, help="default: %(default)s")
+    add("--temperature", type=float, default=0.0, metavar="T", help="default: %(default)s")
     add("--allow-eos", action="store_true", help="answers may end before their length; they are then shorter than the trace's")
     add("--out", type=Path, default=Path("bench-results"), metavar="DIR", help="where results go (default: %(default)s)")
     add("--name", help="of the run (default: what is run)")
@@ -67,10 +78,10 @@ def _server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--attain", type=float, default=99.0, metavar="PERCENT", help="so many have to be kept")
-    parser.add_argument("--promise", choices=("ttft", "tpot", "joint"), default="ttft", help="which")
+    parser.add_argument("--attain", type=float, default=99.0, metavar="PERCENT", help="so many have to be kept (default: 99)")
+    parser.add_argument("--promise", choices=("ttft", "tpot", "joint"), default="ttft", help="which (default: ttft)")
     parser.add_argument("--rate-scales", type=_numbers, metavar="A,B", help="only these rate scales, instead of searching")
-    parser.add_argument("--most-rate-scale", type=float, default=64.0, help="end of the search")
+    parser.add_argument("--most-rate-scale", type=float, default=64.0, metavar="X", help="end of the search (default: 64)")
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +89,13 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         "--policies", type=lambda text: text.split(","), default=[], metavar="A,B", help="of the server at --url"
     )
     parser.add_argument("--servers", nargs="+", default=[], metavar="NAME=URL", help="instead: one run on each")
-    parser.add_argument("--rounds", type=int, default=1, help="so often each; every second round in the opposite order")
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=1,
+        metavar="N",
+        help="so often each; every second round in the opposite order (default: 1)",
+    )
 
 
 _OPTIONS: dict[str, Callable[[argparse.ArgumentParser], None]] = {"sweep": _sweep_options, "compare": _compare_options}

@@ -6,8 +6,8 @@ import textwrap
 
 FIRST_STEPS = """\
 first steps:
-  chimera doctor                      what this machine has, and what it lacks
-  chimera models make models          small models, without a download
+  chimera doctor                   what this machine has, and what it lacks
+  chimera models make models       small models, without a download
   chimera serve models/llama models/qwen3
   chimera chat llama -m "Good morning"
 
@@ -15,67 +15,105 @@ first steps:
 
 _OF = {
     "serve": """
-        chimera serve placement.json                          what the file says, on the GPUs of this machine
-        chimera serve placement.json --policy flexible        the server decides what runs where
-        chimera serve models/llama models/qwen3               two checkpoints, with no file at all
-        chimera serve placement.json --virtual-gpus 8x2GiB    no GPU: memory budgets of this host stand in
-        chimera serve placement.json --engine simulated       no engines either: latencies and made-up words
-        chimera serve placement.json --host 0.0.0.0 --keys keys.jsonl""",
+        chimera serve placement.json                     what the file says
+        chimera serve placement.json --policy flexible   the server decides
+        chimera serve models/llama models/qwen3          with no file at all
+        chimera serve placement.json --virtual-gpus 8x2GiB
+                          without a GPU: memory budgets of this host stand in
+        chimera serve placement.json --engine simulated
+                          no engines either: latencies and made-up words
+        chimera serve placement.json --host 0.0.0.0 --keys keys.jsonl
+                          for other machines, and only with a key""",
     "build-images": """
         chimera build-images placement.json --image-dir /dev/shm/images
-        chimera build-images models/llama models/qwen3 --image-dir images --cpu-share-memory 64GiB""",
+        chimera build-images models/llama models/qwen3 --image-dir images""",
     "check": """
         chimera check placement.json
-        chimera check placement.json --gpus 8x80GB            held against GPUs that are elsewhere
-        chimera check --schema                                for an editor that completes JSON""",
+        chimera check placement.json --gpus 8x80GB   GPUs that are elsewhere
+        chimera check --schema                       for an editor""",
     "chat": """
-        chimera chat llama                                    line by line, until Ctrl-D
-        chimera chat llama -m "Good morning" --max-tokens 40  one question, one answer""",
+        chimera chat llama                      line by line, until Ctrl-D
+        chimera chat llama -m "Good morning"    one question, one answer""",
+    "ps": """
+        chimera ps
+        chimera ps --json""",
     "load": """
-        chimera load llama                                    where it stood last, or on the emptiest GPU
-        chimera load llama --gpus 0,1""",
+        chimera load llama              where it stood last, or has most room
+        chimera load llama --gpus 0,1   here""",
     "unload": """
-        chimera unload llama                                  open answers end first
-        chimera unload llama --now                            they go on elsewhere, or later""",
+        chimera unload llama            open answers end first
+        chimera unload llama --now      they go on elsewhere, or later""",
     "pin": """
         chimera pin llama
         chimera pin llama --off""",
+    "reload": """
+        chimera reload                  what has changed in the file happens;
+                                        a broken file changes nothing""",
     "keys": """
-        chimera keys alice >> keys.jsonl                      the key is shown once, on the screen only
+        chimera keys alice >> keys.jsonl    adds the entry to the file; the
+                                            key is shown once, on the screen
         chimera keys bob --models llama,qwen3 --requests-per-minute 60
-        chimera keys root --admin                             may load and unload models""",
+        chimera keys root --admin           may load and unload models
+        chimera serve placement.json --keys keys.jsonl
+        CHIMERA_API_KEY=sk-... chimera chat llama""",
+    "status": """
+        chimera status
+        chimera status --json""",
     "memory": """
         chimera memory --watch""",
     "top": """
         chimera top
-        chimera top --once                                    one picture, also into a file""",
+        chimera top --once              one picture, also into a file""",
     "explain": """
-        chimera explain                                       the last ten minutes
+        chimera explain                 the last ten minutes
         chimera explain llama --since 1h
-        chimera explain chatcmpl-4f2a                         one request, by the id that its answer had
+        chimera explain chatcmpl-4f2a   one request, by its answer's id
         chimera explain --at 14:03:20""",
     "policy": """
-        chimera policy                                        who decides now
-        chimera policy flexible --local goodput               from now on""",
+        chimera policy                              who decides now
+        chimera policy flexible --local goodput     from now on""",
     "simulate": """
-        chimera simulate --models placement.json --gpus 8xH100 --trace trace.csv
-        chimera simulate --models placement.json --gpus 8xH100 --trace trace.csv --policy static,kvpr,flexible --seeds 5""",
+        chimera simulate --models placement.json --gpus 8xH100 \\
+          --trace trace.csv --policy static,kvpr,flexible --seeds 5""",
     "plan": """
-        chimera plan --models placement.json --trace trace.csv --gpu H100 --target 99%
-        chimera plan --models placement.json --trace trace.csv --gpu-hour-price 2.50 --placement planned.json
-        chimera plan --models placement.json --trace trace.csv --rate-scale 1,2,4 --add llama     what if""",
+        chimera plan --models placement.json --trace trace.csv --gpu H100
+        chimera plan --models placement.json --trace trace.csv \\
+          --gpu-hour-price 2.50 --placement planned.json
+        chimera plan --models placement.json --trace trace.csv \\
+          --rate-scale 1,2,4 --add llama""",
     "bench": """
         chimera bench serve --rate 4 --seconds 60
         chimera bench compare --policies static,flexible --trace trace.csv
         chimera bench report bench-results --out bench-report""",
+    "bench serve": """
+        chimera bench serve --rate 4 --seconds 60
+        chimera bench serve --trace trace.csv --rate-scale 2
+        chimera bench serve --concurrency 8 --most-requests 200
+        chimera bench serve --slo-ttft-ms 500 --slo-tpot-ms 50""",
+    "bench sweep": """
+        chimera bench sweep --slo-ttft-ms 500 --attain 99 --seconds 60""",
+    "bench compare": """
+        chimera bench compare --policies static,flexible --trace trace.csv
+        chimera bench compare --servers ours=http://127.0.0.1:8000 \\
+          theirs=http://127.0.0.1:9000 --rate 4 --rounds 2""",
+    "bench calibrate": """
+        chimera bench calibrate --rate 1 --out calibration
+        chimera bench serve --slo-file calibration/slos.json --ttft-slo-scale 5""",
+    "bench switch": """
+        chimera bench switch --models llama,qwen3 --rounds 10""",
+    "bench report": """
+        chimera bench report bench-results --out bench-report""",
     "models": """
         chimera models make models
         chimera models make models --only llama,qwen3""",
+    "doctor": """
+        chimera doctor
+        chimera doctor --json""",
     "replay-decisions": """
         chimera replay-decisions logs/control.decisions.jsonl""",
     "completion": """
-        chimera completion bash > ~/.local/share/bash-completion/completions/chimera
-        chimera completion zsh >> ~/.zshrc""",
+        chimera completion zsh >> ~/.zshrc
+        chimera completion bash >> ~/.bashrc""",
 }
 
 

@@ -15,8 +15,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME", help="whose key it is")
     parser.add_argument("--admin", action="store_true", help="it may load and unload models")
     parser.add_argument("--models", metavar="A,B", help="it may ask only these")
-    parser.add_argument("--requests-per-minute", type=int, metavar="N")
-    parser.add_argument("--tokens-per-minute", type=int, metavar="N")
+    parser.add_argument("--requests-per-minute", type=int, metavar="N", help="the most that it may ask")
+    parser.add_argument("--tokens-per-minute", type=int, metavar="N", help="of prompts and answers together")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from chimera.cli.server_url import DEFAULT_URL, order
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a name or alias; `chimera ps` lists them")
+    parser.add_argument("model", metavar="MODEL", help="a name or alias; `chimera status` lists them")
     parser.add_argument("--gpus", metavar="0,1", help="where; else where it stood last, or on the emptiest")
     parser.add_argument("--copy", type=int, default=0, metavar="N", help="which copy of it (default: %(default)s)")
     parser.add_argument("--url", default=DEFAULT_URL, help="where the server is (default: %(default)s)")

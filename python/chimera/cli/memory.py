@@ -24,7 +24,7 @@ _HOME_AND_CLEAR = "\x1b[H\x1b[J"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server's address (default: %(default)s)")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="where the server is (default: %(default)s)")
     parser.add_argument("--watch", action="store_true", help="show it again every second, until Ctrl-C")
     parser.add_argument("--json", action="store_true", help="as the server tells it, for programs")
 

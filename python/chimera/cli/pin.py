@@ -8,7 +8,7 @@ from chimera.cli.server_url import DEFAULT_URL, order
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a name or alias; `chimera ps` lists them")
+    parser.add_argument("model", metavar="MODEL", help="a name or alias; `chimera status` lists them")
     parser.add_argument("--off", action="store_true", help="it may leave again")
     parser.add_argument("--url", default=DEFAULT_URL, help="where the server is (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="the answer as it is")

@@ -34,7 +34,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="0 takes one that is free (default: %(default)s)")
     parser.add_argument("--virtual-gpus", metavar="8x2GiB", help="memory budgets of this host that stand in for GPUs")
     parser.add_argument("--num-gpus", type=int, metavar="N", help="use the first N GPUs (virtual ones where there are none)")
-    parser.add_argument("--policy", choices=POLICY_NAMES, help="who decides what runs where (default: the file's, or static)")
+    policies = f"who decides what runs where: {', '.join(POLICY_NAMES)} (default: the file's, or static)"
+    parser.add_argument("--policy", choices=POLICY_NAMES, metavar="NAME", help=policies)
     parser.add_argument(
         "--local", choices=LOCAL_NAMES, help="in which order requests go (default: the file's, or goodput, which is ours)"
     )

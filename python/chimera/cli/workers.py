@@ -16,8 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--enable-worker-pool",
         action=argparse.BooleanOptionalAction,
-        default=False,
-        help="keep EMPTY workers ready, so that no model waits for a new process (default: %(default)s)",
+        help="keep EMPTY workers ready, so that no model waits for a new process (default: no)",
     )
     parser.add_argument("--workers-per-gpu", type=int, metavar="N", help="so many of them (default: 1)")
     parser.add_argument(

@@ -28,8 +28,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--trace", type=Path, metavar="FILE", help="CSV (ours, Azure's, BurstGPT's), Mooncake's JSONL, or Prism's .pkl")
     add("--from", dest="from_s", type=float, default=0.0, metavar="S", help="begin here in the trace")
     add("--to", dest="to_s", type=float, default=math.inf, metavar="S", help="end here")
-    add("--time-scale", type=float, default=1.0, help="multiplies every moment of the trace (default 1)")
-    add("--rate-scale", type=float, default=1.0, help="so often is each request sent, on average (default 1)")
+    add("--time-scale", type=float, default=1.0, metavar="X", help="multiplies every moment of the trace (default: 1)")
+    add("--rate-scale", type=float, default=1.0, metavar="X", help="so often is each request sent, on average (default: 1)")
     add(
         "--map",
         action="append",
@@ -42,11 +42,17 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--rate", type=float, default=2.0, metavar="R", help="requests per second over all models (default: %(default)s)")
     add("--seconds", type=float, default=60.0, metavar="S", help="for so long (default: %(default)s)")
     add("--arrivals", choices=generator.ARRIVALS, default="poisson", help="default: %(default)s")
-    add("--cv", type=float, default=1.0, help="burstiness of gamma and weibull: deviation of the gaps in means (default 1)")
+    add("--cv", type=float, default=1.0, help="burstiness of gamma and weibull: deviation of the gaps in means (default: 1)")
     add("--shape", choices=generator.SHAPES, default="uniform", help="which models are asked when (default: %(default)s)")
     add("--alpha", type=float, default=1.0, help="of the power law (default: %(default)s)")
-    add("--prompt-tokens", type=_range, default=(256, 512), metavar="A-B", help="default: 256-512")
-    add("--output-tokens", type=_range, default=(256, 512), metavar="A-B", help="default: 256-512")
+    add(
+        "--prompt-tokens",
+        type=_range,
+        default=(256, 512),
+        metavar="A-B",
+        help="of each, any number in between (default: 256-512)",
+    )
+    add("--output-tokens", type=_range, default=(256, 512), metavar="A-B", help="likewise (default: 256-512)")
     add("--dataset", type=Path, metavar="FILE", help="ShareGPT's JSON: its questions, and the lengths of its answers")
     both = parser.add_argument_group("of both")
     add = both.add_argument
@@ -54,14 +60,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--models", type=lambda text: text.split(","), default=[], metavar="A,B", help="ask only these (default: all there are)"
     )
     add("--concurrency", type=int, metavar="N", help="closed loop: N requests at a time, whatever the times say")
-    add("--length-scale", type=float, default=1.0, help="prompts and answers so many times as long (default 1)")
+    add("--length-scale", type=float, default=1.0, metavar="X", help="prompts and answers so many times as long (default: 1)")
     add("--most-requests", type=int, metavar="N", help="no more than these")
     add(
         "--prefix-share",
         type=float,
         default=0.0,
         metavar="X",
-        help="share of each prompt that others begin with too (default 0)",
+        help="share of each prompt that others begin with too (default: 0)",
     )
     add(
         "--prefixes", type=int, default=8, metavar="N", help="so many different beginnings of each model (default: %(default)s)"
@@ -73,11 +79,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     owed = parser.add_argument_group("what is owed")
     add = owed.add_argument
-    add("--slo-ttft-ms", type=float, metavar="MS", help="for every model (default: what the server's placement says)")
-    add("--slo-tpot-ms", type=float, metavar="MS")
+    add("--slo-ttft-ms", type=float, metavar="MS", help="to the first token, for every model (default: as placed)")
+    add("--slo-tpot-ms", type=float, metavar="MS", help="the same, for each token after the first")
     add("--slo-file", type=Path, metavar="FILE", help="SLOs by model, as `chimera bench calibrate` writes them")
-    add("--ttft-slo-scale", type=float, default=1.0, metavar="X", help="multiplies them (default 1)")
-    add("--tpot-slo-scale", type=float, default=1.0, metavar="X")
+    add("--ttft-slo-scale", type=float, default=1.0, metavar="X", help="multiplies those to the first token (default: 1)")
+    add("--tpot-slo-scale", type=float, default=1.0, metavar="X", help="multiplies the others (default: 1)")
     add("--goodput", nargs="+", default=[], metavar="WORD:MS", help="as vLLM has it: ttft:500 tpot:50")
 
 
