@@ -44,20 +44,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--models", type=Path, required=True, metavar="FILE", help="a placement file, or models on paper (with weight_bytes)")
     add("--trace", type=Path, required=True, metavar="FILE", help="timestamp,model,prompt_tokens,output_tokens; gzipped or not")
     kinds = f"{', '.join(shipped_tables())}, by the beginning of their names, or a .json file"
-    add("--gpu", default="H100", metavar="KIND", help=f"cost tables there are: {kinds}; several with commas (default H100)")
-    add("--target", default="99%", metavar="PERCENT", help="so many requests shall keep both promises (default 99%%)")
+    add("--gpu", default="H100", metavar="KIND", help=f"cost tables there are: {kinds}; several with commas (default: H100)")
+    add("--target", default="99%", metavar="PERCENT", help="so many requests shall keep both promises (default: 99%%)")
     add(
         "--policy",
         default="flexible,space-sharing,time-sharing,static",
         metavar="A,B",
-        help="these are tried (default %(default)s)",
+        help="these are tried (default: %(default)s)",
     )
     add("--slo-scale", type=float, default=1.0, help="multiplies every SLO; a model without one promises what it takes alone")
     add(
         "--rate-scale",
         default="1",
         metavar="A,B",
-        help="a plan for each: so often is each request sent, on average (default 1)",
+        help="a plan for each: so often is each request sent, on average (default: 1)",
     )
     add("--add", action="append", default=[], metavar="MODEL", help="one more plan, with one more model that is like this one")
     add(
@@ -65,9 +65,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=10,
         metavar="N",
-        help="days like the trace; enough is what keeps the target on each (default 10)",
+        help="days like the trace; enough is what keeps the target on each (default: 10)",
     )
-    add("--most", type=int, default=64, metavar="N", help="no more GPUs than this are tried (default 64)")
+    add("--most", type=int, default=64, metavar="N", help="no more GPUs than this are tried (default: 64)")
     add("--gpu-hour-price", type=float, metavar="PRICE", help="what an hour of one GPU costs, for the cost of 1,000 requests")
     add("--from", dest="from_s", type=float, default=0.0, metavar="S", help="begin here in the trace")
     add("--to", dest="to_s", type=float, default=float("inf"), metavar="S", help="end here")
