@@ -11,6 +11,7 @@ an agent's `Reject` and `Requeue` go through `on`, and what comes back goes to t
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 import msgspec
 
@@ -41,6 +42,7 @@ from chimera.msg.events import (
     Woke,
     WorkerLost,
 )
+from chimera.sched.cells import Cell, CellsState
 from chimera.sched.cost import CostTable
 from chimera.sched.demand import Counter
 from chimera.sched.dispatch import Dispatcher, Held, Pace
@@ -72,13 +74,15 @@ class ControlState(msgspec.Struct, frozen=True, kw_only=True):
     costs: CostTable | None = None
     warm: WarmRules = WarmRules()
     demands: dict[str, Counter] = {}
-    review_s: float | None = None
+    reviews: dict[int, float] = {}
     reviewed_s: float | None = None
     local: str | None = None
     learns: bool = False
     strangers: dict[int, int] = {}
     stays: dict[str, Stay] = {}
     resting: dict[str, tuple[Seat, ...]] = {}
+    cells: CellsState = CellsState()
+    balanced_s: float | None = None
 
 
 class ControlScheduler:
@@ -135,7 +139,7 @@ class ControlScheduler:
                     return []
                 return self._lives.ended(event.replica, event.epoch, event.reason, now)
             case AgentJoined():
-                return self._lives.agent_joined(event, now)
+                return self._plan.agent_joined(event, now)
             case AgentLost():
                 return self._lives.agent_lost(event, now)
             case ModelRegistered():
@@ -150,7 +154,7 @@ class ControlScheduler:
                 return self._lives.gpu_lost(event, now)
             case GpuSampled():
                 self.fleet.strangers[event.gpu_id] = event.strangers_bytes
-                self.fleet.stirred = True
+                self._plan.sampled(event.gpu_id)
                 return self._lives.room_changed(event.gpu_id, now)
             case StepsTimed():
                 self._lives.steps_timed(event)
@@ -177,10 +181,10 @@ class ControlScheduler:
         yield from self._dispatcher.end_waiting(now)
 
     def _next_wake(self) -> WakeAt | None:
-        dues = [*self._lives.due_s(), *self._dispatcher.due_s(), *self._plan.stays.due_s()]
-        if self._plan.review_s is not None:
-            dues.append(self._plan.review_s)
-        soonest = min(dues, default=None)
+        soonest = self._plan.review_s
+        for due_s in chain(self._lives.due_s(), self._dispatcher.due_s(), self._plan.stays.due_s()):
+            if soonest is None or due_s < soonest:
+                soonest = due_s
         if soonest is None or (self._wake_s is not None and self._wake_s <= soonest):
             return None  # To be woken too early costs nothing.
         self._wake_s = soonest
@@ -227,14 +231,20 @@ class ControlScheduler:
         """The open requests of a front-end."""
         return self._dispatcher.requests_of(front)
 
-    def snapshot(self, now: float) -> Snapshot:
-        fleet = self.fleet
+    def snapshot(self, now: float, cell: Cell | None = None) -> Snapshot:
+        """Of everything, or of one cell."""
+        fleet, dispatcher = self.fleet, self._dispatcher
+        places: Iterable[Place] = fleet.places.values()
+        if cell is not None:
+            places = (place for model in cell.models for place in fleet.places_of(model.name))
+            names = [model.name for model in cell.models]
+            waiting = {name: count for name in names if (count := dispatcher.waiting_for(name))}
         return Snapshot(
             now_s=now,
             policy=self.policy,
             local=self.local,
-            gpus=tuple(fleet.gpus()),
-            models=tuple(fleet.models.values()),
+            gpus=tuple(fleet.gpus()) if cell is None else cell.gpus,
+            models=tuple(fleet.models.values()) if cell is None else cell.models,
             replicas=tuple(
                 ReplicaView(
                     replica=place.replica,
@@ -250,10 +260,10 @@ class ControlScheduler:
                     quarantine_s=max(0.0, (place.due_s or now) - now) if place.state is PlaceState.QUARANTINED else None,
                     why=place.why if place.failures or place.state in (PlaceState.FAILED, PlaceState.ABSENT) else "",
                 )
-                for place in fleet.places.values()
+                for place in places
             ),
-            waiting=self._dispatcher.waiting(),
-            demands=self._dispatcher.demand_views(now),
+            waiting=dispatcher.waiting() if cell is None else waiting,
+            demands=dispatcher.demand_views(now, None if cell is None else names),
         )
 
     # Memory.
@@ -274,13 +284,15 @@ class ControlScheduler:
             costs=fleet.costs,
             warm=self._plan.warm,
             demands=self._dispatcher.demands,
-            review_s=self._plan.review_s,
+            reviews=self._plan.reviews,
             reviewed_s=self._plan.reviewed_s,
             local=fleet.local_asked,
             learns=self._lives.learns,
             strangers=fleet.strangers,
             stays=self._plan.stays.asked,
             resting=self._plan.resting,
+            cells=self._plan.cells.state(),
+            balanced_s=self._plan.balance.looked_s,
         )
         return _copy(state)
 
@@ -299,7 +311,8 @@ class ControlScheduler:
         fleet = scheduler.fleet
         fleet.strangers = state.strangers
         fleet.wanted = state.wanted
-        fleet.models = {model.name: model for model in state.models}
+        for model in state.models:
+            fleet.register(model)
         for agent in state.agents:
             fleet.enlist(agent)
         for place in state.places:
@@ -307,8 +320,9 @@ class ControlScheduler:
         scheduler._dispatcher.revive(state.held, state.demands, state.paces)
         scheduler._plan.stays.asked = state.stays
         scheduler._plan.resting = state.resting
-        scheduler._plan.review_s = state.review_s
-        scheduler._plan.reviewed_s = state.reviewed_s
+        scheduler._plan.revive(state.reviews, state.reviewed_s)
+        scheduler._plan.cells.revive(state.cells)
+        scheduler._plan.balance.looked_s = state.balanced_s
         scheduler._wake_s = state.wake_s
         return scheduler
 

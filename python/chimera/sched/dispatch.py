@@ -8,7 +8,7 @@ their front-end to be brought again. Does not know why a replica is wanted, queu
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
@@ -17,6 +17,7 @@ from chimera.core.request import Request
 from chimera.core.snapshot import Demand
 from chimera.msg.actions import Abort, Action, Reject, RejectCode, Requeue, Route
 from chimera.msg.events import Outcome, RequestFinished
+from chimera.sched.cost import CostTable, EngineCost
 from chimera.sched.demand import Counter
 from chimera.sched.fleet import Fleet, Orphan
 from chimera.sched.places import Place, PlaceState, Routed
@@ -80,6 +81,10 @@ class Dispatcher:
     def waiting_for(self, model: str) -> int:
         return len(self._queues.get(model, ()))
 
+    def waiting_since(self) -> dict[str, float]:
+        """Since when the first of them waits, of each model that somebody waits for."""
+        return {model: self._held[next(iter(queue)).request_id].since_s for model, queue in self._queues.items()}
+
     @property
     def holding(self) -> int:
         """How many are held in all."""
@@ -103,15 +108,17 @@ class Dispatcher:
             return f"{model} leaves where it was, to come back"
         return f"{model} waits for a place"
 
-    def demand_views(self, now: float) -> dict[str, Demand]:
-        return {
-            model: counter.view(
-                now,
-                waiting=self.waiting_for(model),
-                open=sum(len(place.routed) for place in self._fleet.places_of(model)),
-            )
-            for model, counter in self.demands.items()
-        }
+    def demand(self, model: str, now: float) -> Demand | None:
+        counter = self.demands.get(model)
+        if counter is None:
+            return None
+        placed = sum(len(place.routed) for place in self._fleet.places_of(model))
+        return counter.view(now, waiting=self.waiting_for(model), open=placed)
+
+    def demand_views(self, now: float, models: Iterable[str] | None = None) -> dict[str, Demand]:
+        """Of those models, or of all; who was never asked for is left out."""
+        known = self.demands if models is None else models
+        return {model: demand for model in known if (demand := self.demand(model, now)) is not None}
 
     def requests_of(self, front: str) -> list[str]:
         held = [h.request.request_id for h in self._held.values() if h.request.front == front]
@@ -135,12 +142,12 @@ class Dispatcher:
                 return [late]
             self.hold(request, now)
             if not self._fleet.places_of(request.model):
-                self._fleet.stirred = True
+                self._fleet.stirred_models.add(request.model)
             return []
         route = self._route(request, place, now)
         crowd = len(place.routed)
         if crowd >= CROWD and crowd & (crowd - 1) == 0:  # twice as many as when it was last asked for this
-            self._fleet.stirred = True
+            self._fleet.stirred_models.add(request.model)
         return [route]
 
     def cancelled(self, request_id: str) -> list[Action]:
@@ -240,18 +247,17 @@ class Dispatcher:
         serving = self._fleet.serving(model)
         if len(serving) < 2:
             return serving[0] if serving else None
-        if self._fleet.costs is None:
+        costs, cost = self._fleet.costs, self._fleet.price_of(model)
+        if costs is None or cost is None:
             return min(serving, key=lambda place: (len(place.routed), place.replica))
-        return min(serving, key=lambda place: (self._step_s(place), place.replica))
+        demand = self._demand(model)
+        tokens = demand.prompt_tokens + demand.output_tokens / 2
+        return min(serving, key=lambda place: (self._step_s(place, tokens, costs, cost), place.replica))
 
-    def _step_s(self, place: Place) -> float:
+    def _step_s(self, place: Place, tokens: float, costs: CostTable, cost: EngineCost) -> float:
         """How long a step would take there with one request more, and how much longer those of its neighbours."""
-        costs = self._fleet.costs
-        assert costs is not None
-        cost = costs.of(self._fleet.models[place.replica.model])
-        demand = self._demand(place.replica.model)
         batch = len(place.routed) + 1
-        context = round(batch * (demand.prompt_tokens + demand.output_tokens / 2))
+        context = round(batch * tokens)
         near = self._fleet.at_work_beside(place)
         harm = 0.0 if place.routed else near * cost.step_s
         behind = place.overflow + 1 if batch > place.credits else 1
@@ -301,7 +307,7 @@ class Dispatcher:
         if any(place.promising for place in places):
             return
         if fleet.policy.on_demand and not places and model in fleet.models:
-            fleet.stirred = True
+            fleet.stirred_models.add(model)
             return
         for request in list(self._queues.get(model, ())):
             self._unhold(request.request_id)

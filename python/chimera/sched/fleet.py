@@ -6,7 +6,7 @@ both sides need. Decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import msgspec
 
@@ -15,7 +15,7 @@ from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement, Seat
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.errors import ConfigError
-from chimera.sched.cost import CostTable
+from chimera.sched.cost import CostTable, EngineCost
 from chimera.sched.places import Place, PlaceState
 from chimera.sched.policies.policy import Policy
 from chimera.sched.queues import BY_POLICY, LOCAL_POLICIES, local_of
@@ -61,7 +61,8 @@ class Agent(msgspec.Struct, kw_only=True):
 
 class Fleet:
     def __init__(self, wanted: Placement, limits: Limits, policy: Policy, local: str | None, costs: CostTable | None) -> None:
-        self.wanted = wanted
+        self._wanted = wanted
+        self._wanted_of: dict[str, list[Seat]] | None = None
         self.limits = limits
         self.policy = policy
         self.local_asked = _local_named(local)
@@ -72,16 +73,36 @@ class Fleet:
         self.places: dict[ReplicaId, Place] = {}
         self.strangers: dict[int, int] = {}
         """Bytes of each GPU that processes of others hold."""
-        self.stirred = False
-        """Something has happened that the policy should hear of soon."""
+        self.stirred_models: set[str] = set()
+        """Something has happened to them that the policy should hear of soon."""
+        self.stirred_agents: set[str] = set()
         self._having: dict[int, list[str]] = {}
         """The agents that have each GPU: one, but while a GPU changes hands."""
         self._awaited: dict[str, Agent] = {}
         """Those that are away and whose requests still wait for them."""
         self._by_model: dict[str, list[Place]] = {}
         self._on_gpu: dict[int, list[Place]] = {}
+        self._prices: dict[str, EngineCost] = {}
+        self._prices_of: CostTable | None = None
         self._timed: set[ReplicaId] = set()
         """The places with a `due_s`; few."""
+
+    # What is wanted.
+
+    @property
+    def wanted(self) -> Placement:
+        return self._wanted
+
+    @wanted.setter
+    def wanted(self, placement: Placement) -> None:
+        self._wanted, self._wanted_of = placement, None
+
+    def wanted_of(self, model: str) -> Sequence[Seat]:
+        if self._wanted_of is None:
+            self._wanted_of = {}
+            for seat in self._wanted.seats:
+                self._wanted_of.setdefault(seat.replica.model, []).append(seat)
+        return self._wanted_of.get(model, ())
 
     # Readings.
 
@@ -94,6 +115,17 @@ class Fleet:
 
     def order_locally(self, local: str) -> None:
         self.local_asked = _local_named(local)
+
+    def price_of(self, model: str) -> EngineCost | None:
+        """What work costs for a registered model; known by name until the table changes."""
+        if self.costs is None:
+            return None
+        if self._prices_of is not self.costs:
+            self._prices, self._prices_of = {}, self.costs
+        known = self._prices.get(model)
+        if known is None:
+            known = self._prices[model] = self.costs.of(self.models[model])
+        return known
 
     def places_of(self, model: str) -> list[Place]:
         return self._by_model.get(model, [])
@@ -146,7 +178,15 @@ class Fleet:
             return True
         return sum(gpu.capacity_bytes >= self.costs.resident_bytes(model) for gpu in gpus) >= model.tp_size
 
-    # The lists of agents and places.
+    # The lists of models, agents and places.
+
+    def register(self, model: ModelSpec) -> None:
+        self.models[model.name] = model
+        self._prices.pop(model.name, None)
+
+    def unregister(self, model: str) -> None:
+        del self.models[model]
+        self._prices.pop(model, None)
 
     def enlist(self, agent: Agent) -> None:
         """It is here, or here anew."""

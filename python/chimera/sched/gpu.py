@@ -88,6 +88,8 @@ class GpuScheduler:
         self._mint = mint
         self._tenants: dict[ReplicaId, Tenant] = {}
         self._turns = Turns(self._tenants, local, costs)
+        self._waiting = 0
+        """Requests in the queues of all tenants."""
         self._where: dict[str, ReplicaId] = {}
         """The replica whose queue or engine holds the request."""
 
@@ -309,8 +311,8 @@ class GpuScheduler:
         if replica is None:
             return []
         tenant = self._tenants[replica]
-        if tenant.queue.remove(request_id) is not None:
-            del self._where[request_id]
+        if request_id in tenant.queue:
+            self._unqueue(request_id, tenant)
             return []
         if request_id in tenant.ending:
             return []
@@ -331,6 +333,13 @@ class GpuScheduler:
     def _enqueue(self, request: Request, tenant: Tenant) -> None:
         tenant.queue.push(request)
         self._where[request.request_id] = tenant.replica
+        self._waiting += 1
+
+    def _unqueue(self, request_id: str, tenant: Tenant) -> None:
+        """It leaves without its turn."""
+        tenant.queue.remove(request_id)
+        del self._where[request_id]
+        self._waiting -= 1
 
     def _admit(self, tenant: Tenant, now: float) -> list[Action]:
         """Fills the free credits from the queues, as far as the engines can use them."""
@@ -344,11 +353,13 @@ class GpuScheduler:
     def _admit_all(self, now: float) -> list[Action]:
         """Everyone whose turn it is, whoever makes way for others, and whoever has stood still for long enough."""
         done: list[Action] = [self._resume(tenant, "its time to stand still is over") for tenant in self._turns.go_on(now)]
-        done += [action for tenant in self.tenants() if len(tenant.queue) for action in self._turn_away(tenant, now)]
-        while (tenant := self._turns.next(now)) is not None:
+        if self._waiting:
+            done += [action for tenant in self.tenants() if len(tenant.queue) for action in self._turn_away(tenant, now)]
+        while self._waiting and (tenant := self._turns.next(now)) is not None:
             done += self._give_its_turn(tenant, now)
-        way = self._turns.make_way(now)
-        if way is not None:
+        if not self._waiting:
+            self._turns.wake_s = None
+        elif (way := self._turns.make_way(now)) is not None:
             done.append(self._preempt(*way))
         self._turns.note_standing()
         return done
@@ -364,6 +375,7 @@ class GpuScheduler:
 
     def _give(self, tenant: Tenant, now: float) -> Admit:
         request = tenant.queue.pop(now)
+        self._waiting -= 1
         tenant.take(request, now)
         return Admit(
             request_id=request.request_id,
@@ -398,8 +410,7 @@ class GpuScheduler:
         """Those of the strict that cannot be in time, with the moment from which one like them could be."""
         begin_s = self._turns.begin_s(tenant, now)
         for request in tenant.queue.hopeless(begin_s):
-            tenant.queue.remove(request.request_id)
-            del self._where[request.request_id]
+            self._unqueue(request.request_id, tenant)
             seconds, promise_s = tenant.prefill_s(request), request.slo.ttft_s or 0.0
             free_s = begin_s - now + tenant.queue.backlog_s()
             reason = f"its first token cannot come within {promise_s:g} s: {len(tenant.queue)} wait for {tenant.replica}"
@@ -416,8 +427,7 @@ class GpuScheduler:
     def _requeue_waiting(self, tenant: Tenant, reason: str) -> list[Action]:
         waiting = list(tenant.queue)
         for request in waiting:
-            tenant.queue.remove(request.request_id)
-            del self._where[request.request_id]
+            self._unqueue(request.request_id, tenant)
         return [_requeue(request, reason) for request in waiting]
 
     def _clear_engine(self, tenant: Tenant) -> list[Request]:
@@ -445,6 +455,7 @@ class GpuScheduler:
             scheduler._tenants[tenant.replica] = tenant
             held = [*tenant.running, *(request.request_id for request in tenant.queue)]
             scheduler._where.update(dict.fromkeys(held, tenant.replica))
+            scheduler._waiting += len(tenant.queue)
         return scheduler
 
     def check(self) -> None:
@@ -463,6 +474,7 @@ class GpuScheduler:
             assert tenant.state is not ReplicaState.DRAINING or not len(tenant.queue), f"{replica} queues while it leaves"
             assert tenant.epoch <= Epoch(self._mint.agent_start, self._mint.counter), f"{replica} has an epoch of the future"
         assert len(found) == len(set(found)) == len(self._where), "a request is in two places, or in none"
+        assert self._waiting == sum(len(tenant.queue) for tenant in self.tenants()), "those that wait are miscounted"
 
 
 def _requeue(request: Request, reason: str) -> Requeue:

@@ -49,7 +49,7 @@ class Lives:
         place.serve(event.epoch, credits=event.credits, kv_tokens=event.kv_tokens, load_s=event.load_s, now=now)
         place.agent = agent
         fleet.note_due(place)
-        fleet.stirred = True
+        fleet.stirred_models.add(event.replica.model)
         limit, goes_on = place.seat.kv_limit_bytes, event.epoch.agent_start != fleet.agents[agent].start
         if limit != place.most_kv_bytes or (goes_on and limit is not None):  # an agent knows what it came up with, no more
             yield from self._limit(place, "so much KV memory is wanted for it")
@@ -65,7 +65,7 @@ class Lives:
             yield from self.settle(replica.model, now)
             yield from self._start_absent(self._beside(place), now)
             yield from self._dispatcher.refuse_held(replica.model, now)
-            fleet.stirred = True
+            fleet.stirred_models.add(replica.model)
             return
         place.end_life(epoch, why, now)
         if permanent:
@@ -94,8 +94,8 @@ class Lives:
         fleet = self._fleet
         if model not in fleet.models:
             return
-        for seat in fleet.wanted.seats:
-            if seat.replica.model == model and seat.replica not in fleet.places:
+        for seat in fleet.wanted_of(model):
+            if seat.replica not in fleet.places:
                 place = Place(seat=seat, since_s=now)
                 if decision is not None:
                     place.purpose = decision.reasons.get(seat.replica, "")
@@ -165,7 +165,7 @@ class Lives:
         if fleet.policy.on_demand:  # it may have a place elsewhere
             self._want_no_longer(place.replica)
             yield from self._drop(place, f"no agent with its GPUs has been here for {fleet.limits.agent_absence_s:g} s")
-            fleet.stirred = True
+            fleet.stirred_models.add(place.replica.model)
         yield from self._dispatcher.refuse_held(place.replica.model, now)
 
     def _want_no_longer(self, replica: ReplicaId) -> None:
@@ -212,7 +212,7 @@ class Lives:
     def registered(self, model: ModelSpec, now: float) -> Iterator[Action]:
         fleet = self._fleet
         known = fleet.models.get(model.name)
-        fleet.models[model.name] = model
+        fleet.register(model)
         if known is not None and known != model:
             for place in list(fleet.places_of(model.name)):
                 self.try_again(place, now)
@@ -220,7 +220,7 @@ class Lives:
                     # Its seat stays, so it comes back, as what it is now.
                     yield from self.retire(place.replica, "its entry has changed, and it is loaded anew", now)
         yield from self.settle(model.name, now)
-        fleet.stirred = True
+        fleet.stirred_models.add(model.name)
 
     def removed(self, model: str, now: float) -> Iterator[Action]:
         fleet, reason = self._fleet, f"{model} was removed"
@@ -231,12 +231,12 @@ class Lives:
                 yield self._deactivate(place.replica, place.epoch, reason)
             if place.state in (PlaceState.SERVING, PlaceState.LOADING):
                 fleet.enter(place, PlaceState.LEAVING, now)
-        del fleet.models[model]
+        fleet.unregister(model)
         for place in list(fleet.places_of(model)):
             if place.state is not PlaceState.LEAVING:
                 yield from self._drop(place, reason)
         yield from self._dispatcher.end_model(model)
-        fleet.stirred = True
+        fleet.stirred_models.add(model)
 
     # Agents and GPUs.
 
@@ -259,7 +259,7 @@ class Lives:
                 yield Abort(request_id=orphan.request_id, replica=orphan.replica, epoch=orphan.epoch, reason=reason)
         own = {gpu.gpu_id for gpu in event.gpus}
         yield from self._start_absent([p for p in fleet.places.values() if own.issuperset(p.seat.gpu_ids)], now)
-        fleet.stirred = True
+        fleet.stirred_agents.add(event.agent)
 
     def queue_by(self, agent: str) -> QueueBy:
         local = self._fleet.local
@@ -309,4 +309,4 @@ class Lives:
                 fleet.enter(place, PlaceState.ABSENT, now)
                 yield from self._dispatcher.abandon(place, now)
             yield from self._dispatcher.refuse_held(place.replica.model, now)
-        fleet.stirred = True
+        fleet.stirred_agents.add(agent.name)

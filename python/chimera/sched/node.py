@@ -82,10 +82,16 @@ class NodeScheduler:
         self._lost: set[int] = set()
         """GPUs that answer no more."""
         self._gpus = {gpu_id: GpuScheduler(gpu_id, self._mint, local, costs) for gpu_id in gpu_ids}
+        self._homes: dict[ReplicaId, GpuScheduler] = {}
+        """Where a replica was found last; it may have left since."""
 
     def on(self, event: NodeInput, now: float) -> list[Action]:
         actions = self._decide(event, now)
-        soonest = min((gpu.wake_s for gpu in self._gpus.values() if gpu.wake_s is not None), default=None)
+        soonest = None
+        for gpu in self._gpus.values():
+            wake_s = gpu.wake_s
+            if wake_s is not None and (soonest is None or wake_s < soonest):
+                soonest = wake_s
         if soonest is None or (self._wake_s is not None and now < self._wake_s <= soonest):
             return actions
         self._wake_s = soonest
@@ -143,7 +149,12 @@ class NodeScheduler:
         return [ready for ready in serving if ready is not None]
 
     def _home(self, replica: ReplicaId) -> GpuScheduler | None:
-        return next((gpu for gpu in self._gpus.values() if gpu.knows(replica)), None)
+        known = self._homes.get(replica)
+        if known is None or not known.knows(replica):
+            known = next((gpu for gpu in self._gpus.values() if gpu.knows(replica)), None)
+            if known is not None:
+                self._homes[replica] = known
+        return known
 
     def _activate(self, order: Activate, now: float) -> list[Action]:
         foreign = [gpu_id for gpu_id in order.seat.gpu_ids if gpu_id not in self._gpus]

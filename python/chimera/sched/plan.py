@@ -17,13 +17,20 @@ from chimera.core.request import Request
 from chimera.core.snapshot import Snapshot
 from chimera.errors import ConfigError
 from chimera.msg.actions import Action, Deactivate, Reject, RejectCode
-from chimera.msg.events import LoadWanted, PlacementChanged, PolicyChosen, ResizeWanted, UnloadWanted
+from chimera.msg.events import AgentJoined, LoadWanted, PlacementChanged, PolicyChosen, ResizeWanted, UnloadWanted
+from chimera.sched.balance import Balance
+from chimera.sched.cells import Cell, Cells
+from chimera.sched.cost import CostTable
 from chimera.sched.dispatch import Dispatcher
 from chimera.sched.fleet import Fleet
 from chimera.sched.lives import Lives
+from chimera.sched.places import PlaceState
 from chimera.sched.policies import policy_named
+from chimera.sched.policies.board import Board
 from chimera.sched.policies.policy import Decision, Question, WarmRules
 from chimera.sched.stays import Stays
+
+SnapshotOf = Callable[[float, Cell | None], Snapshot]
 
 SOON_S = 0.02
 """Reviews that events ask for are at least so far apart."""
@@ -42,9 +49,13 @@ class Plan:
         self.resting: dict[str, tuple[Seat, ...]] = {}
         """Where models stood that were let go because their last requests said so, and come back with the next: only
         under a policy that would not bring them back by itself."""
-        self.review_s: float | None = None
-        """When the policy is asked next; `None` until something happens."""
+        self.cells = Cells(fleet)
+        self.balance = Balance(fleet, dispatcher, self.cells)
+        self.reviews: dict[int, float] = {}
+        """When the policy is asked next, of each cell of which something is to be asked."""
         self.reviewed_s: float | None = None
+        self.review_s: float | None = None
+        """When the next of them is due: one after the other, with a pause between."""
 
     # The policy's word.
 
@@ -56,7 +67,8 @@ class Plan:
             fleet.order_locally(event.local)
         if event.policy is not None:
             fleet.policy = policy_named(event.policy)
-            self.review_s = now
+            numbers = range(self.cells.count if fleet.policy.on_demand else 1)
+            self.revive(dict.fromkeys(numbers, now), None)
         if fleet.local != before:
             for agent in fleet.agents.values():
                 if agent.present:
@@ -65,34 +77,102 @@ class Plan:
     def note_stir(self, now: float) -> None:
         """Asks soon if something has happened that the policy should hear of."""
         fleet = self._fleet
-        stirred, fleet.stirred = fleet.stirred, False
-        if not stirred or not fleet.policy.on_demand or not any(agent.present for agent in fleet.agents.values()):
+        if not fleet.stirred_models and not fleet.stirred_agents:
+            return
+        stirred = {self.cells.of_model(model) for model in sorted(fleet.stirred_models)}
+        stirred |= {self.cells.of_agent(agent) for agent in fleet.stirred_agents}
+        for gone in fleet.stirred_models - fleet.models.keys():
+            self.cells.forget(gone)
+        fleet.stirred_models, fleet.stirred_agents = set(), set()
+        if not fleet.policy.on_demand or not any(agent.present for agent in fleet.agents.values()):
             return
         soon = now if self.reviewed_s is None else max(now, self.reviewed_s + SOON_S)
-        self.review_s = soon if self.review_s is None else min(self.review_s, soon)
+        for number in stirred:
+            self._ask_at(number, min(self.reviews.get(number, soon), soon))
 
-    def review(self, snapshot: Callable[[float], Snapshot], now: float) -> Iterator[Action]:
+    def _ask_at(self, number: int, at_s: float) -> None:
+        self.reviews[number] = at_s
+        self.revive(self.reviews, self.reviewed_s)
+
+    def revive(self, reviews: dict[int, float], reviewed_s: float | None) -> None:
+        self.reviews, self.reviewed_s = reviews, reviewed_s
+        soonest = min(reviews.values(), default=None)
+        pause_s = -math.inf if reviewed_s is None else reviewed_s + SOON_S
+        self.review_s = None if soonest is None else max(soonest, pause_s)
+
+    def review(self, snapshot: SnapshotOf, now: float) -> Iterator[Action]:
         """Asks the policy, if it is time, and makes what it wants what is wanted."""
         if self.review_s is None or self.review_s > now:
             return
-        self.reviewed_s, self.review_s = now, None
-        fleet = self._fleet
-        if fleet.costs is None:
-            if fleet.policy.on_demand:
-                raise ConfigError.single("policy", f"{fleet.policy.name} needs a cost table")
-            decision = Decision(placement=self.filed, again_s=math.inf)
-        else:
-            question = Question(
-                snapshot=self._as_asked(self._free_of_strangers(snapshot(now))),
-                filed=self.filed,
-                wanted=fleet.wanted,
-                costs=fleet.costs,
-                warm=self.warm,
-            )
-            decision = fleet.policy.decide(question)
+        number = min(self.reviews, key=lambda number: (self.reviews[number], number))
+        del self.reviews[number]
+        self.revive(self.reviews, now)
+        if self.cells.divided and self._fleet.policy.on_demand:
+            yield from self._end_moves(number, now)
+            yield from self._review(self.cells.cell(number), number, snapshot, now)
+            yield from self._even_out(snapshot, now)
+        else:  # `static` repeats what the operator wrote of all
+            yield from self._review(None, number, snapshot, now)
+
+    def _review(self, cell: Cell | None, number: int, snapshot: SnapshotOf, now: float) -> Iterator[Action]:
+        decision = self.ask(snapshot, cell, now)
         if math.isfinite(decision.again_s):
-            self.review_s = now + max(SOON_S, decision.again_s)
-        yield from self._want(decision, now)
+            self._ask_at(number, now + max(SOON_S, decision.again_s))
+        yield from self._want(decision, now, cell)
+
+    def ask(self, snapshot: SnapshotOf, cell: Cell | None, now: float) -> Decision:
+        fleet = self._fleet
+        if fleet.costs is not None:
+            return fleet.policy.decide(self._question(snapshot, cell, fleet.costs, now))
+        if fleet.policy.on_demand:
+            raise ConfigError.single("policy", f"{fleet.policy.name} needs a cost table")
+        return Decision(placement=self.filed, again_s=math.inf)
+
+    def _question(self, snapshot: SnapshotOf, cell: Cell | None, costs: CostTable, now: float) -> Question:
+        return Question(
+            snapshot=self._as_asked(self._free_of_strangers(snapshot(now, cell))),
+            filed=self.filed,
+            wanted=self._fleet.wanted if cell is None else cell.wanted,
+            costs=costs,
+            warm=self.warm,
+        )
+
+    # Between cells.
+
+    def _even_out(self, snapshot: SnapshotOf, now: float) -> Iterator[Action]:
+        """A model finds a home in another cell, and is served where it was until it serves there."""
+
+        def board_of(number: int) -> Board:
+            costs = self._fleet.costs
+            assert costs is not None
+            return Board(self._question(snapshot, self.cells.cell(number), costs, now))
+
+        move = self.balance.look(now, board_of)
+        if move is not None:
+            self.cells.house(move.model, move.to)
+            board = board_of(move.to)
+            board.add(self._fleet.models[move.model], move.gpu_ids, move.reason)
+            yield from self._want(board.decision(), now, self.cells.cell(move.to))
+
+    def _end_moves(self, number: int, now: float) -> Iterator[Action]:
+        """Whoever serves in its cell need not stand elsewhere; who stands elsewhere only is at home there."""
+        fleet, cells = self._fleet, self.cells
+        leaving: list[Seat] = []
+        for model in cells.models_of(number):
+            seats = fleet.wanted_of(model)
+            elsewhere = [seat for seat in seats if cells.of_seat(seat) not in (None, number)]
+            if not elsewhere:
+                continue
+            here = (fleet.places.get(seat.replica) for seat in seats if seat not in elsewhere)
+            if any(place is not None and place.state is PlaceState.SERVING for place in here):
+                leaving += elsewhere
+            elif len(elsewhere) == len(seats):
+                cells.house(model, cells.of_seat(elsewhere[0]) or 0)
+        if leaving:
+            cell = cells.cell(number)
+            reasons = dict.fromkeys((seat.replica for seat in leaving), f"its model is served in cell {number} now")
+            staying = tuple(seat for seat in cell.wanted.seats if seat not in leaving)
+            yield from self._want(Decision(placement=Placement(staying), reasons=reasons), now, cell)
 
     def _free_of_strangers(self, snapshot: Snapshot) -> Snapshot:
         """GPUs as large as what others leave of them."""
@@ -108,10 +188,14 @@ class Plan:
             return snapshot
         return replace(snapshot, models=tuple(map(self.stays.as_asked, snapshot.models)))
 
-    def _want(self, decision: Decision, now: float) -> Iterator[Action]:
+    def _want(self, decision: Decision, now: float, cell: Cell | None = None) -> Iterator[Action]:
+        """`cell`: what it was decided about; `None` is everything."""
         fleet = self._fleet
-        change = decision.placement.diff(fleet.wanted)
-        fleet.wanted = decision.placement
+        change = decision.placement.diff(fleet.wanted if cell is None else cell.wanted)
+        if cell is None:
+            fleet.wanted = decision.placement
+        elif change:
+            fleet.wanted = self.cells.whole(cell.number, decision.placement)
         for seat in change.stop:
             reason = decision.reasons.get(seat.replica, f"the {fleet.policy.name} policy wants it elsewhere")
             yield from self._lives.retire(seat.replica, reason, now, decision.alternatives.get(seat.replica, ()))
@@ -121,7 +205,8 @@ class Plan:
             self.resting.pop(model, None)
             yield from self._lives.settle(model, now, decision)
         for model in self._dispatcher.waiting():
-            yield from self._dispatcher.refuse_held(model, now)  # `static` gives some of them no place
+            if cell is None or self.cells.of_model(model) == cell.number:
+                yield from self._dispatcher.refuse_held(model, now)  # `static` gives some of them no place
 
     # A request's word.
 
@@ -136,7 +221,7 @@ class Plan:
 
     def end_stays(self, now: float) -> Iterator[Action]:
         for model in self.stays.ending(now):
-            seats = [seat for seat in self._fleet.wanted.seats if seat.replica.model == model]
+            seats = list(self._fleet.wanted_of(model))
             if self._fleet.models[model].pin or not seats:
                 continue
             reason = f"nobody has used it for {self.stays.asked[model].for_s:g} s, as its last request asked"
@@ -147,6 +232,19 @@ class Plan:
                 self.resting[model] = tuple(seats)
 
     # The operator's word.
+
+    def agent_joined(self, event: AgentJoined, now: float) -> Iterator[Action]:
+        yield from self._lives.agent_joined(event, now)
+        divided = self.cells.divided
+        self.cells.joined(event.agent)
+        if self.cells.divided != divided:
+            self._fleet.stirred_agents.update(self._fleet.agents)
+
+    def sampled(self, gpu_id: int) -> None:
+        """A GPU has been looked at: what is free there may be more or less than before."""
+        holder = self._fleet.holder(gpu_id)
+        if holder is not None:
+            self._fleet.stirred_agents.add(holder.name)
 
     def removed(self, model: str, now: float) -> Iterator[Action]:
         """Its seats go with it: should the name come back, it may be another model's."""
@@ -174,7 +272,7 @@ class Plan:
         self.filed = changed(self.filed)
         decision = Decision(placement=changed(self._fleet.wanted), reasons=dict.fromkeys(touched, event.reason))
         yield from self._want(decision, now)
-        self._fleet.stirred = True
+        self._fleet.stirred_agents.update(self._fleet.agents)
 
     def load_wanted(self, event: LoadWanted, now: float) -> Iterator[Action]:
         fleet = self._fleet
@@ -190,6 +288,7 @@ class Plan:
             return
         if event.replica in fleet.places:
             self._lives.try_again(fleet.places[event.replica], now)
+        self.cells.follow(seat)
         others = [other for other in fleet.wanted.seats if other.replica != event.replica]
         decision = Decision(placement=Placement((*others, seat)), reasons={event.replica: "the operator wants it loaded"})
         yield from self._want(decision, now)

@@ -321,6 +321,9 @@ class SimEngine:
 
     def _prefill_batch(self) -> list[tuple[Sequence, int]]:
         batch: list[tuple[Sequence, int]] = []
+        if not self._waiting:
+            self._batch = batch
+            return batch
         left = self.costs.chunk_tokens
         self._batch = batch
         while self._waiting and left > 0:
