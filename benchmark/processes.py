@@ -37,6 +37,12 @@ def cpu_s(pids: Iterable[int]) -> float:
     return sum(int(_stat(pid)[11]) + int(_stat(pid)[12]) for pid in pids) / _TICKS_PER_S
 
 
+def ran_s(pids: Iterable[int]) -> float:
+    """The same to the nanosecond; of threads that run still."""
+    tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
 def private_mib(pid: int) -> int:
     rows = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(row.split()[1]) for row in rows if row.startswith("Private_")) // 1024

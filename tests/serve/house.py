@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -191,14 +191,18 @@ def launched(file: Path, *flags: str) -> Iterator[House]:
 
 
 @contextmanager
-def house(file: Path, *arguments: str, ready: bool = True) -> Iterator[House]:
+def house(file: Path, *arguments: str, ready: bool = True, environment: Mapping[str, str] | None = None) -> Iterator[House]:
     """A running server; afterwards it is stopped if it was not, and nothing of it may be left."""
     with TemporaryDirectory(prefix="chimera-test-") as folder:
         run_dir = Path(folder) / "run"
         log_dir = Path(folder) / "log"
         words = ["serve", str(file), "--engine", "simulated", "--port", "0", "--run-dir", str(run_dir), "--log-level", "info"]
         process = subprocess.Popen(
-            command(*words, "--log-dir", str(log_dir), *arguments), stdout=subprocess.PIPE, text=True, start_new_session=True
+            command(*words, "--log-dir", str(log_dir), *arguments),
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
         )
         made = House(process, run_dir, log_dir)
         try:

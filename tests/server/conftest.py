@@ -62,14 +62,15 @@ async def embedding(standing: Stage) -> Stage:
 
 
 @contextlib.asynccontextmanager
-async def set_up(access: Access | None = None, records: Path | None = None) -> AsyncIterator[Stage]:
+async def set_up(access: Access | None = None, **more: Any) -> AsyncIterator[Stage]:
+    """`more`: of the front-end's."""
     with TemporaryDirectory(prefix="chimera-") as folder:  # not tmp_path: its paths are longer than a socket's may be
         run_dir = Path(folder)
         rehearsal = Rehearsal(run_dir, [model("m", model_folder(run_dir / "m"), aliases=("also-m",))])
         await rehearsal.start()
         patience = Patience(control_s=0.2, worker_s=0.05)
         listener = listen("127.0.0.1", 0)
-        front = FrontEnd(run_dir=run_dir, name="front-0", listener=listener, patience=patience, access=access, records=records)
+        front = FrontEnd(run_dir=run_dir, name="front-0", listener=listener, patience=patience, access=access, **more)
         await front.start()
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=20)) as client:
             try:

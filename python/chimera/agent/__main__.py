@@ -7,6 +7,7 @@ import asyncio
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -15,6 +16,9 @@ from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
 from chimera.sched.cost import CostTable
 from chimera.wire import process
+
+if TYPE_CHECKING:
+    from chimera.spans.tries import TrySpans
 
 
 def main() -> int:
@@ -31,6 +35,7 @@ def main() -> int:
     parser.add_argument("--prepare", type=Path, metavar="FILE", help="models, as JSON, to prepare while nothing is loading")
     parser.add_argument("--prepare-at-once", type=int, default=1, metavar="N", help="so many of them at a time")
     parser.add_argument("--decisions", type=Path, help="write every decision to this file")
+    parser.add_argument("--traces", metavar="EXPORTER", help="send a span of each try by this exporter of OpenTelemetry's")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
     process.start_logging(f"agent/{arguments.name}", arguments.log_level)
@@ -40,6 +45,8 @@ def main() -> int:
     if arguments.prepare is not None:
         prepare = msgspec.json.decode(arguments.prepare.read_bytes(), type=tuple[ModelSpec, ...])
     decisions = None if arguments.decisions is None else process.fresh_log(arguments.decisions)
+
+    spans = None if arguments.traces is None else _spans(arguments.name, arguments.traces)
 
     async def live(stop: asyncio.Event) -> None:
         agent = Agent(
@@ -53,12 +60,23 @@ def main() -> int:
             prepare_at_once=arguments.prepare_at_once,
             costs=costs,
             decisions=decisions,
+            spans=spans,
         )
         await agent.start()
         await stop.wait()
         await agent.stop(arguments.drain_s)
 
-    return process.run(live)
+    status = process.run(live)
+    if spans is not None:
+        spans.close()
+    return status
+
+
+def _spans(name: str, exporter: str) -> TrySpans:
+    from chimera.spans.spans import exported  # of an extra, and slow to import
+    from chimera.spans.tries import TrySpans
+
+    return TrySpans(exported(f"agent-{name}", exporter))
 
 
 if __name__ == "__main__":

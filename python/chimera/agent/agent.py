@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -36,6 +37,9 @@ from chimera.sched.log import Recorder
 from chimera.sched.node import NodeInput, NodeScheduler
 from chimera.wire.codec import Message
 from chimera.wire.link import Link
+
+if TYPE_CHECKING:
+    from chimera.spans.tries import TrySpans
 
 log = logging.getLogger(__name__)
 
@@ -83,8 +87,10 @@ class Agent:
         prepare_at_once: int = 1,
         costs: CostTable | None = None,
         decisions: Callable[[bytes], object] | None = None,
+        spans: TrySpans | None = None,
     ) -> None:
         self.name = name
+        self._spans = spans
         self.scheduler = NodeScheduler(name, agent_start, [gpu.gpu_id for gpu in gpus], costs=costs, learns=True)
         self._joined = events.AgentJoined(agent=name, agent_start=agent_start, gpus=gpus, elastic=elastic)
         self._recorder = Recorder(self.scheduler)
@@ -205,7 +211,10 @@ class Agent:
                 if self.memory is not None and worker.activation is not None:
                     self.memory.take_over(worker.activation, message, time.monotonic())
                     self._set_memory_timer()
-            case events.RequestFinished(request_id=request_id):
+            case events.RequestFinished(request_id=request_id, outcome=outcome):
+                if self._spans is not None:
+                    ended = outcome in (events.Outcome.STOP, events.Outcome.LENGTH)
+                    self._spans.end(request_id, time.monotonic(), "" if ended else str(outcome))
                 message = msgspec.structs.replace(message, admitted_s=self._forget_admitted(request_id))
                 self._report(message)
                 if not self._control.up:
@@ -375,10 +384,14 @@ class Agent:
         if known is not None and known.route.request.tries >= route.request.tries:
             return  # Told twice.
         self._held[route.request.request_id] = _Held(route, payload)
+        if self._spans is not None:
+            self._spans.begin(route, time.monotonic())
         self._decide(route)
 
     def _cancel(self, request_id: str) -> None:
         self._held.pop(request_id, None)
+        if self._spans is not None:
+            self._spans.end(request_id, time.monotonic(), "cancelled")
         self._decide(events.RequestCancelled(request_id=request_id))
 
     def _forget_admitted(self, request_id: str) -> float | None:
@@ -415,6 +428,9 @@ class Agent:
                 self._tell(action.replica, action.epoch, action)
             case actions.Reject() | actions.Requeue():
                 self._held.pop(action.request_id, None)
+                if self._spans is not None:
+                    fault = str(action.code) if isinstance(action, actions.Reject) else "requeued"
+                    self._spans.end(action.request_id, time.monotonic(), fault, action.reason)
                 self._control.send(action)
             case actions.WakeAt(at_s=at_s):
                 self._wake_at(at_s)
@@ -445,14 +461,14 @@ class Agent:
     def _submit(self, admitted: actions.Admit) -> None:
         held = self._held.get(admitted.request_id)
         assert held is not None and held.payload is not None, f"{admitted.request_id} was admitted without its payload"
-        submission = stream.Submit(
-            request_id=admitted.request_id,
-            epoch=admitted.epoch,
-            front=held.route.request.front,
-            payload=held.payload,
-            request=held.route.request,
-        )
+        request, payload = held.route.request, held.payload
         held.payload, held.admitted_s = None, time.monotonic()
+        if self._spans is not None:
+            trace = self._spans.admit(admitted.request_id, held.admitted_s, admitted.reason)
+            request = msgspec.structs.replace(request, trace=trace)
+        submission = stream.Submit(
+            request_id=admitted.request_id, epoch=admitted.epoch, front=request.front, payload=payload, request=request
+        )
         self._tell(admitted.replica, admitted.epoch, submission)
 
     def _tell(self, replica: ReplicaId, epoch: Epoch | None, message: Message) -> None:

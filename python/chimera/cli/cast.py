@@ -34,7 +34,7 @@ def cast(service: Service, folder: Path, port: int) -> list[Child]:
     """Everyone, in the order in which they are started; they find each other by their sockets, whoever comes first."""
     told = str(folder)
     decisions = service.log_dir or folder
-    level = ["--log-level", service.log_level]
+    level = [*service.keeping.words_for_all, "--log-level", service.log_level]
     parent = ["chimera.worker.parent", "--socket", str(folder / "parent.sock"), "--engine", service.engine]
     control = ["chimera.control", "--run-dir", told, "--deployment", str(folder / "deployment.json")]
     agent = ["chimera.agent", "--run-dir", told, "--name", "local", "--gpus", str(folder / "gpus.json")]

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
+from chimera.config.exporter import trace_exporter
 from chimera.errors import ConfigError
 from chimera.records import store
 from chimera.units import MIB, parse_bytes
 
 FILE = "records.sqlite"
 OFF = "off"
-_EXPORTER = "opentelemetry.exporter.otlp.proto.http"
-_INSTALL = "pip install 'chimera-serving[traces]'"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,8 +24,12 @@ class Keeping:
     limit_bytes: int = 256 * MIB
     days: float = 7.0
     prompts: bool = False
-    traces: bool = False
-    """A span of each request, for OpenTelemetry."""
+    trace_exporter: str = ""
+    """By which spans of requests and activations go to OpenTelemetry; empty: none are made."""
+
+    @property
+    def words_for_all(self) -> list[str]:
+        return ["--traces", self.trace_exporter] if self.trace_exporter else []
 
     def words_for_control(self, folder: Path) -> list[str]:
         if not self.metrics:
@@ -40,10 +42,9 @@ class Keeping:
     def words_for_front(self, folder: Path) -> list[str]:
         if not self.metrics:
             return ["--no-metrics"]
-        traces = ["--traces"] if self.traces else []
         if not self.records:
-            return traces
-        return ["--records", str(self.path or folder / FILE), *(["--record-prompts"] if self.prompts else []), *traces]
+            return []
+        return ["--records", str(self.path or folder / FILE), *(["--record-prompts"] if self.prompts else [])]
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -62,7 +63,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--traces",
         action="store_true",
-        help="send a span of each request to where OTEL_EXPORTER_OTLP_ENDPOINT says (needs the extra `traces`)",
+        help="send spans of requests and activations to where OTEL_EXPORTER_OTLP_ENDPOINT says (needs the extra `traces`)",
     )
     parser.add_argument("--no-metrics", action="store_true", help="count nothing and keep no records")
 
@@ -80,6 +81,8 @@ def of(arguments: argparse.Namespace) -> Keeping:
         raise ConfigError.single("--records-size", f"at least {store.LEAST_BYTES // MIB} MiB, not {arguments.records_size}")
     if not arguments.records_days > 0:
         raise ConfigError.single("--records-days", f"more than none, not {arguments.records_days:g}")
+    if arguments.traces and arguments.no_metrics:
+        raise ConfigError.single("--traces", "a span is made of what is counted: leave --no-metrics out")
     keeping = Keeping(
         metrics=not arguments.no_metrics,
         records=arguments.records != OFF,
@@ -87,21 +90,10 @@ def of(arguments: argparse.Namespace) -> Keeping:
         limit_bytes=limit_bytes,
         days=arguments.records_days,
         prompts=arguments.record_prompts,
-        traces=arguments.traces,
+        trace_exporter=trace_exporter() if arguments.traces else "",
     )
-    if keeping.traces and not keeping.metrics:
-        raise ConfigError.single("--traces", "a span is made of what is counted: leave --no-metrics out")
-    if keeping.traces and not _has_exporter():
-        raise ConfigError.single("--traces", "OpenTelemetry's exporter is not installed", hint=_INSTALL)
     if keeping.metrics and keeping.records and path is not None:
         if not path.parent.is_dir():
             raise ConfigError.single("--records", f"there is no folder {path.parent}")
         store.open_to_write(path).close()
     return keeping
-
-
-def _has_exporter() -> bool:
-    try:
-        return find_spec(_EXPORTER) is not None
-    except ModuleNotFoundError:  # not even what it is a part of
-        return False

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -18,6 +19,9 @@ from chimera.control.witness import Witness
 from chimera.records.keeper import Keeper
 from chimera.units import MIB
 from chimera.wire import process
+
+if TYPE_CHECKING:
+    from chimera.spans.decisions import DecisionSpans
 
 DAY_S = 86_400.0
 LAST_OUT_S = 60.0
@@ -32,6 +36,7 @@ def main() -> int:
     parser.add_argument("--records", type=Path, help="keep what happens to requests and replicas in this file")
     parser.add_argument("--records-bytes", type=int, default=256 * MIB, help="the most that file may hold")
     parser.add_argument("--records-days", type=float, default=7.0, help="how long what it holds is kept")
+    parser.add_argument("--traces", metavar="EXPORTER", help="send spans of decisions by this exporter of OpenTelemetry's")
     parser.add_argument("--no-metrics", action="store_true", help="count nothing and keep no records")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
@@ -39,6 +44,7 @@ def main() -> int:
     charge = Charge.read(arguments.deployment)
 
     witness = None if arguments.no_metrics else Witness(_keeper(arguments))
+    spans = None if arguments.traces is None else _spans(arguments.traces)
     decisions = None if arguments.decisions is None else process.fresh_log(arguments.decisions)
 
     def charge_of(exchange: Exchange) -> Charge:
@@ -59,6 +65,7 @@ def main() -> int:
             socket=arguments.run_dir / "control.sock",
             decisions=decisions,
             witness=witness,
+            spans=spans,
             on_change=lambda: charge_of(exchange).write(arguments.deployment),
         )
         starter = os.getppid()
@@ -72,7 +79,17 @@ def main() -> int:
         if orphaned:  # whoever made the directory was killed; the last one out removes it
             shutil.rmtree(arguments.run_dir, ignore_errors=True)
 
-    return process.run(live)
+    status = process.run(live)
+    if spans is not None:
+        spans.close()
+    return status
+
+
+def _spans(exporter: str) -> DecisionSpans:
+    from chimera.spans.decisions import DecisionSpans  # of an extra, and slow to import
+    from chimera.spans.spans import exported
+
+    return DecisionSpans(exported("control", exporter))
 
 
 def _keeper(arguments: argparse.Namespace) -> Keeper | None:

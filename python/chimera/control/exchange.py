@@ -13,6 +13,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from chimera.control.lookout import Lookout
 from chimera.control.telemetry import Telemetry
@@ -31,6 +34,9 @@ from chimera.sched.policies.policy import WarmRules
 from chimera.wire.channel import Channel, Server, serve
 from chimera.wire.codec import Message
 from chimera.wire.vigil import Vigil
+
+if TYPE_CHECKING:
+    from chimera.spans.decisions import DecisionSpans
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +75,7 @@ class Exchange:
         warm: WarmRules | None = None,
         decisions: Callable[[bytes], object] | None = None,
         witness: Witness | None = None,
+        spans: DecisionSpans | None = None,
         on_change: Callable[[], object] | None = None,
     ) -> None:
         self.scheduler = ControlScheduler(wanted, policy=policy, local=local, costs=costs, warm=warm, learns=True)
@@ -81,6 +88,7 @@ class Exchange:
             decisions(self._recorder.opening())
         self._witness = witness
         """Empty where nobody counts."""
+        self._spans = spans
         self._server: Server | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._lookout = Lookout(time.time() - time.monotonic())
@@ -446,6 +454,8 @@ class Exchange:
             self._perform(action)
         if self._witness is not None:
             self._witness.step(event, decided, now, took_s)
+        if self._spans is not None:
+            self._spans.step(event, decided, now)
         return decided
 
     def _perform(self, action: Action) -> None:
@@ -456,6 +466,8 @@ class Exchange:
             case actions.Activate():
                 log.info("activate replica=%s gpus=%s reason=%s", action.seat.replica, action.seat.gpu_ids, action.reason)
                 self._report(action.seat.replica, ReplicaState.LOADING, action.reason, gpu_ids=action.seat.gpu_ids)
+                if self._spans is not None:
+                    action = msgspec.structs.replace(action, trace=self._spans.activate(action, time.monotonic()))
                 self._tell_agent(action, action)
             case actions.Deactivate():
                 log.info("deactivate replica=%s reason=%s", action.replica, action.reason)

@@ -27,6 +27,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Attempts before this one, whatever ended them."""
     losses: int = 0
     """Times that it was in an engine that was lost: it may be what ends them."""
+    trace: str = ""
+    """The W3C context under which whoever has it now tells of it; empty where nobody does."""
     preempted: int = 0
     """Times that it was given back so that another could be in time."""
 

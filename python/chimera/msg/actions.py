@@ -65,6 +65,8 @@ class Activate(Action, frozen=True, kw_only=True):
     """Set by the agent that obeys, for each worker of a replica over several GPUs."""
     alternatives: tuple[Alternative, ...] = ()
     """What else was weighed when this was decided; told to control's readers, not to agents."""
+    trace: str = ""
+    """The W3C context of the activation's span, where spans are told."""
 
 
 class Deactivate(Action, frozen=True, kw_only=True):

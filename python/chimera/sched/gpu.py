@@ -183,7 +183,11 @@ class GpuScheduler:
         waiting = f"; {len(tenant.queue)} requests wait for it" if len(tenant.queue) else ""
         return [
             Activate(
-                model=order.model, seat=order.seat, epoch=tenant.epoch, reason=f"{order.reason}; life {tenant.epoch}{waiting}"
+                model=order.model,
+                seat=order.seat,
+                epoch=tenant.epoch,
+                reason=f"{order.reason}; life {tenant.epoch}{waiting}",
+                trace=order.trace,
             )
         ]
 

@@ -9,17 +9,18 @@ import os
 import signal
 import socket
 import sys
-import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from chimera.core.access import Access
-from chimera.core.record import RequestRecord
 from chimera.server.front import FrontEnd, listen
 from chimera.wire import process
+
+if TYPE_CHECKING:
+    from chimera.spans.client import ClientSpans
 
 PORT_IN_USE = 2
 
@@ -56,7 +57,7 @@ async def _serve(arguments: argparse.Namespace, listener: socket.socket) -> None
         metrics=not arguments.no_metrics,
         records=arguments.records,
         record_texts=arguments.record_prompts,
-        spans=_spans() if arguments.traces else None,
+        spans=None if arguments.traces is None else _spans(name, arguments.traces),
     )
     await front.start()
     gc.collect()
@@ -75,10 +76,11 @@ def _access(path: Path | None) -> Access:
     return Access() if path is None else msgspec.json.decode(path.read_bytes(), type=Access)
 
 
-def _spans() -> Callable[[RequestRecord], object]:
-    from chimera.server.spans import exported  # an extra, and slow to import
+def _spans(name: str, exporter: str) -> ClientSpans:
+    from chimera.spans.client import ClientSpans  # of an extra, and slow to import
+    from chimera.spans.spans import exported
 
-    return exported(time.time() - time.monotonic()).tell
+    return ClientSpans(exported(name, exporter))
 
 
 def _run(main: Coroutine[Any, Any, None]) -> None:
@@ -100,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--drain-s", type=float, default=30.0, help="how long open answers may go on after SIGTERM")
     parser.add_argument("--records", type=Path, help="the file that control keeps its records in")
     parser.add_argument("--record-prompts", action="store_true", help="have what is asked and answered kept there as well")
-    parser.add_argument("--traces", action="store_true", help="send a span of each request, as OpenTelemetry's variables say")
+    parser.add_argument("--traces", metavar="EXPORTER", help="send a span of each request by this exporter of OpenTelemetry's")
     parser.add_argument("--no-metrics", action="store_true", help="count nothing and tell nothing for the records")
     parser.add_argument("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     return parser

@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 from aiohttp import web
@@ -20,6 +21,9 @@ from chimera.msg.stream import RequestTold, TallyTold
 from chimera.parsing.tokenizer import ModelTokenizer
 from chimera.server.answer import Answer
 from chimera.wire.codec import Message
+
+if TYPE_CHECKING:
+    from chimera.spans.client import ClientSpans
 
 _EVERY_S = 1.0
 _MOST_UNTOLD = 10_000
@@ -57,9 +61,7 @@ def _trace(http: web.Request) -> str:
 
 
 class Account:
-    def __init__(
-        self, send: Callable[[Message], bool], *, texts: bool = False, spans: Callable[[RequestRecord], object] | None = None
-    ) -> None:
+    def __init__(self, send: Callable[[Message], bool], *, texts: bool = False, spans: ClientSpans | None = None) -> None:
         """`send` says whether control is there to be told. `texts`: prompts and answers are told too. `spans` is told each
         request as well, without them."""
         self.texts = texts
@@ -87,11 +89,17 @@ class Account:
         if "x-request-id" not in response.headers and (known := client_id(http)):
             response.headers["x-request-id"] = known
 
+    def open_book(self, answer: Answer, caller: Caller) -> None:
+        """The answer is about to be asked for."""
+        if self._spans is not None:
+            embeds = answer.terms.embeds
+            answer.trace = self._spans.begin(answer.request_id, answer.model, caller.trace, answer.arrived_s, embeds=embeds)
+
     def close_book(self, answer: Answer, caller: Caller, tokenizer: ModelTokenizer) -> None:
         """The answer has ended, one way or another."""
         record = _record(answer, caller)
         if self._spans is not None:
-            self._spans(record)
+            self._spans.end(record)
         if self.texts:
             record = msgspec.structs.replace(
                 record, prompt=_text(tokenizer, answer.prompt_ids), answer=_text(tokenizer, answer.emitted)
@@ -112,6 +120,8 @@ class Account:
     def close(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+        if self._spans is not None:
+            self._spans.close()
 
     def _touch(self) -> None:
         if self._timer is None:

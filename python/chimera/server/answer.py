@@ -87,6 +87,7 @@ class Answer:
         "request_id",
         "source",
         "terms",
+        "trace",
         "tries",
     )
 
@@ -107,6 +108,8 @@ class Answer:
         self.model = model
         self.prompt_ids = prompt_ids
         self.terms = terms
+        self.trace = ""
+        """The context under which others tell of it, where spans are told."""
         self.index = index
         self.arrived_s = arrived_s
         self.emitted: list[int] = []
@@ -161,6 +164,7 @@ class Answer:
             slo=self.terms.slo,
             priority=self.terms.priority,
             keep_alive_s=self.terms.keep_alive_s,
+            trace=self.trace,
             emitted_tokens=len(self.emitted),
             tries=self.tries,
             losses=self.losses,

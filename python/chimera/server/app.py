@@ -351,12 +351,15 @@ class App:
         response: Awaitable[web.StreamResponse],
     ) -> web.StreamResponse:
         guest.charge(sum(map(len, prompts)))
+        caller = Caller.of(http, guest.key.name)
+        if self._account is not None:
+            for answer in answers:
+                self._account.open_book(answer, caller)
         try:
             return await self._wait_for(answers, response)
         finally:
             guest.charge(sum(len(answer.emitted) for answer in answers))
             if self._account is not None:
-                caller = Caller.of(http, guest.key.name)
                 for answer in answers:
                     self._account.close_book(answer, caller, tokenizer)
 

@@ -7,14 +7,13 @@ import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from chimera.core.access import Access
-from chimera.core.record import RequestRecord
 from chimera.errors import RequestError
 from chimera.server.account import Account
 from chimera.server.app import App
@@ -23,6 +22,9 @@ from chimera.server.desk import Desk, Patience
 from chimera.server.gate import Gate
 from chimera.server.relay import Relay
 from chimera.wire.codec import Message
+
+if TYPE_CHECKING:
+    from chimera.spans.client import ClientSpans
 
 _LAST_WORDS_S = 0.5
 """What a handler is given to send its last event when the front-end leaves."""
@@ -76,7 +78,7 @@ class FrontEnd:
         metrics: bool = True,
         records: Path | None = None,
         record_texts: bool = False,
-        spans: Callable[[RequestRecord], object] | None = None,
+        spans: ClientSpans | None = None,
     ) -> None:
         """Without `metrics` nothing is counted and nothing is told for the records."""
         access = access or Access()

@@ -10,6 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -25,6 +26,9 @@ from chimera.worker.lease import LeaseDesk
 from chimera.worker.stopwatch import Stopwatch
 from chimera.worker.ties import Ties
 
+if TYPE_CHECKING:
+    from chimera.spans.engine import EngineSpans
+
 HEARTBEAT_S = 0.25
 """Counters are sent on change and at most this often, and once more before the engine falls idle."""
 
@@ -34,7 +38,7 @@ _payload_decoder = msgspec.msgpack.Decoder(Payload)
 class _Open:
     """A request the engine has."""
 
-    __slots__ = ("cached_tokens", "front", "output_tokens", "prompt_tokens", "request")
+    __slots__ = ("began_s", "cached_tokens", "first_token_s", "front", "output_tokens", "prompt_tokens", "request")
 
     def __init__(self, front: str, request: Request | None = None, prompt_tokens: int = 0) -> None:
         self.front = front
@@ -42,6 +46,9 @@ class _Open:
         self.prompt_tokens = prompt_tokens
         self.output_tokens = 0
         self.cached_tokens = 0
+        self.began_s = 0.0
+        self.first_token_s: float | None = None
+        """Both only where spans are told."""
 
 
 class Life:
@@ -53,6 +60,7 @@ class Life:
         ties: Ties,
         keeping: Keeping,
         lease: LeaseDesk | None = None,
+        spans: EngineSpans | None = None,
     ) -> None:
         self.replica = replica
         self.epoch = epoch
@@ -63,6 +71,7 @@ class Life:
         self._ties = ties
         self._keeping = keeping
         self._lease = lease
+        self._spans = spans
         self._open: dict[str, _Open] = {}
         self._paused_until_s: float | None = None
         self._kept: list[Order] = []
@@ -128,7 +137,12 @@ class Life:
         fresh = [request.prompt_tokens for request in stepped if not request.output_tokens]
         read = sum(request.prompt_tokens + request.output_tokens for request in stepped if request.output_tokens)
         tokens, prompt_tokens = len(stepped) - len(fresh), sum(fresh)
-        self._watch.step(time.monotonic(), tokens=tokens, context_tokens=read, prompts=len(fresh), prompt_tokens=prompt_tokens)
+        now = time.monotonic()
+        if fresh and self._spans is not None:
+            for request in stepped:
+                if not request.output_tokens:
+                    request.first_token_s = now
+        self._watch.step(now, tokens=tokens, context_tokens=read, prompts=len(fresh), prompt_tokens=prompt_tokens)
 
     def fail(self, request_id: str, code: str, message: str) -> None:
         request = self._open.get(request_id)
@@ -208,13 +222,27 @@ class Life:
             self._open[message.request_id] = _Open(message.front, message.request)
             self.fail(message.request_id, "bad_request", f"the request's payload cannot be read: {fault}")
             return None
-        self._open[message.request_id] = _Open(message.front, message.request, len(payload.input_ids))
+        opened = self._open[message.request_id] = _Open(message.front, message.request, len(payload.input_ids))
+        if self._spans is not None:
+            opened.began_s = time.monotonic()
         return Submission(message.request_id, payload)
 
     def _finish(self, request_id: str, outcome: Outcome) -> None:
         request = self._open.pop(request_id, None)
         if request is None:
             return
+        if self._spans is not None and request.request is not None and request.request.trace:
+            self._spans.request(
+                request.request.trace,
+                self.replica.model,
+                request.began_s,
+                request.first_token_s,
+                time.monotonic(),
+                prompt_tokens=request.prompt_tokens,
+                cached_tokens=request.cached_tokens,
+                output_tokens=request.output_tokens,
+                outcome=str(outcome),
+            )
         self._ties.tell_agent(
             RequestFinished(
                 request_id=request_id,

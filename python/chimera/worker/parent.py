@@ -17,7 +17,7 @@ import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from chimera.engine.api import CannotServe, Engine, Parking
 from chimera.engine.preload import NAMES, preload
@@ -27,14 +27,21 @@ from chimera.wire.blocking import BlockingChannel
 from chimera.wire.process import start_logging
 from chimera.worker import process
 
+if TYPE_CHECKING:
+    from chimera.spans.engine import EngineSpans
+
 log = logging.getLogger(__name__)
 
 _PR_SET_PDEATHSIG = 1
 
 
 class Parent:
-    def __init__(self, socket_path: Path, make_engine: Callable[[], Engine]) -> None:
+    def __init__(
+        self, socket_path: Path, make_engine: Callable[[], Engine], make_spans: Callable[[str], EngineSpans] | None = None
+    ) -> None:
+        """`make_spans`, where spans are told, is called in the child: what sends them has a thread of its own."""
         self._make_engine = make_engine
+        self._make_spans = make_spans
         self._selector = selectors.DefaultSelector()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(socket_path))
@@ -94,7 +101,8 @@ class Parent:
             for channel in self._channels:
                 channel.close()
             gc.enable()
-            status = process.run(worker, agent_socket, self._make_engine)
+            spans = None if self._make_spans is None else self._make_spans(worker)
+            status = process.run(worker, agent_socket, self._make_engine, spans)
         except BaseException:
             log.critical("worker %s failed", worker, exc_info=True)
         finally:
@@ -102,6 +110,14 @@ class Parent:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)  # no parent's atexit handlers, no parent's buffers
+
+
+def _spans(exporter: str) -> Callable[[str], EngineSpans]:
+    """Imported here, once for all workers."""
+    from chimera.spans.engine import EngineSpans
+    from chimera.spans.spans import exported
+
+    return lambda worker: EngineSpans(exported(worker, exporter))
 
 
 def end_with_starter() -> None:
@@ -118,6 +134,7 @@ def main() -> int:
     parser.add_argument("--parked-models", type=int, default=0, metavar="N", help="keep so many that have left a worker in it")
     parser.add_argument("--parked-bytes", type=int, metavar="N", help="and so much of a GPU (default: by their number)")
     parser.add_argument("--host-kv-bytes", type=int, default=0, metavar="N", help="and so much of their caches on the host")
+    parser.add_argument("--traces", metavar="EXPORTER", help="send spans of engines by this exporter of OpenTelemetry's")
     parser.add_argument("--log-level", default="info")
     arguments = parser.parse_args()
     start_logging("parent", arguments.log_level)
@@ -131,7 +148,7 @@ def main() -> int:
         return 1
     # A temporary name until it listens: whoever sees the socket can use it.
     temporary = arguments.socket.with_suffix(".starting")
-    parent = Parent(temporary, make_engine)
+    parent = Parent(temporary, make_engine, None if arguments.traces is None else _spans(arguments.traces))
     temporary.rename(arguments.socket)
     log.info("preloaded engine=%s", arguments.engine)
     parent.run()

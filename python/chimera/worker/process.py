@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from chimera.engine.api import CannotServe, Engine, Leave
 from chimera.msg import actions, events, stream
@@ -18,10 +19,13 @@ from chimera.worker.lease import LeaseDesk
 from chimera.worker.life import Life
 from chimera.worker.ties import AgentGone, Ties
 
+if TYPE_CHECKING:
+    from chimera.spans.engine import EngineSpans
+
 log = logging.getLogger(__name__)
 
 
-def run(worker: str, agent_socket: Path, make_engine: Callable[[], Engine]) -> int:
+def run(worker: str, agent_socket: Path, make_engine: Callable[[], Engine], spans: EngineSpans | None = None) -> int:
     """From birth to exit status. Returns when the agent says stop or is gone."""
     try:
         ties = Ties(worker, agent_socket)
@@ -33,10 +37,13 @@ def run(worker: str, agent_socket: Path, make_engine: Callable[[], Engine]) -> i
     log.info("empty worker=%s pid=%d", worker, os.getpid())
     try:
         while (order := _next_activation(engine, ties, keeping)) is not None:
-            if _live(order, engine, ties, keeping):
+            if _live(order, engine, ties, keeping, spans):
                 return 0
     except AgentGone as end:
         log.info("leaving worker=%s reason=%s", worker, end)
+    finally:
+        if spans is not None:
+            spans.close()
     return 0
 
 
@@ -74,7 +81,7 @@ def _prepare(order: stream.Prepare, engine: Engine, ties: Ties) -> None:
     ties.tell_agent(stream.Prepared(model=name, host_bytes=host_bytes, took_s=took_s))
 
 
-def _live(order: actions.Activate, engine: Engine, ties: Ties, keeping: Keeping) -> bool:
+def _live(order: actions.Activate, engine: Engine, ties: Ties, keeping: Keeping, spans: EngineSpans | None) -> bool:
     """One life, from activation to `ReplicaStopped`; whether the process was told to stop in it."""
     replica, epoch = order.seat.replica, order.epoch
     assert epoch is not None
@@ -89,6 +96,8 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties, keeping: Keeping)
         )
     except CannotServe as fault:
         log.warning("activation failed replica=%s reason=%s", replica, fault)
+        if spans is not None:
+            spans.activation(order.trace, replica.model, started, time.monotonic(), fault=str(fault))
         engine.deactivate()
         ties.tell_agent(
             events.ActivationFailed(replica=replica, epoch=epoch, reason=str(fault), permanent=fault.permanent),
@@ -104,6 +113,8 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties, keeping: Keeping)
         load_s=time.monotonic() - started,
     )
     ties.tell_agent(ready)
+    if spans is not None:
+        spans.activation(order.trace, replica.model, started, time.monotonic())
     if order.place is not None:
         keeping.tell_changes()  # a gang keeps nothing beside it
     life: Life | Following
@@ -112,7 +123,7 @@ def _live(order: actions.Activate, engine: Engine, ties: Ties, keeping: Keeping)
     else:
         leases = dict(zip(order.seat.gpu_ids, order.leases, strict=True)) if order.leases else None
         desk = None if leases is None else LeaseDesk(replica, epoch, leases)
-        life = Life(replica, epoch, engine, ties, keeping, desk)
+        life = Life(replica, epoch, engine, ties, keeping, desk, spans)
         ties.stand_as(partial(life.standing, order, ready))
     log.info("serving replica=%s epoch=%s load_s=%.3f", replica, epoch, time.monotonic() - started)
     with contextlib.suppress(Leave):
