@@ -52,7 +52,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="these are tried (default: %(default)s)",
     )
-    add("--slo-scale", type=float, default=1.0, help="multiplies every SLO; a model without one promises what it takes alone")
+    add(
+        "--slo-scale",
+        type=float,
+        default=1.0,
+        help="multiplies every SLO; a model without one promises five times what it takes alone",
+    )
     add(
         "--rate-scale",
         default="1",

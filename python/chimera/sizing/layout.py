@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from chimera.core.gpu import Gpu
 from chimera.core.metrics import percentile
-from chimera.core.model import ModelSpec
+from chimera.core.model import ModelSpec, Slo
 from chimera.core.placement import Placement, Seat
 from chimera.core.replica import ReplicaId
 from chimera.errors import ConfigError
@@ -21,6 +23,9 @@ from chimera.trace.trace import Row, Trace
 
 FULL = 0.6
 """A replica is given so much of a GPU's time; more is another replica's."""
+
+CUSTOM = 5.0
+"""A model without a promise gets so many times what it takes alone, as is the custom of the field."""
 
 Splits = tuple[ModelSpec, ...]
 """One model over more and more GPUs."""
@@ -32,7 +37,15 @@ def chosen(found: Sequence[Splits], trace: Trace, costs: CostTable, slo_scale: f
     for row in trace.rows:
         rows.setdefault(row.model, []).append(row)
     models = [_narrowest(splits, rows.get(splits[0].name, []), costs, slo_scale) for splits in found]
-    return promises(models, trace, costs, slo_scale)
+    alone = promises(models, trace, costs, slo_scale)
+    return tuple(_promising(model, promised.slo) for model, promised in zip(models, alone, strict=True))
+
+
+def _promising(model: ModelSpec, slo: Slo) -> ModelSpec:
+    """Nobody promises what a model takes alone: any two requests at once would break it."""
+    ttft_s = slo.ttft_s if model.slo.ttft_s is not None or slo.ttft_s is None else CUSTOM * slo.ttft_s
+    tpot_s = slo.tpot_s if model.slo.tpot_s is not None or slo.tpot_s is None else CUSTOM * slo.tpot_s
+    return msgspec.structs.replace(model, slo=msgspec.structs.replace(slo, ttft_s=ttft_s, tpot_s=tpot_s))
 
 
 def _narrowest(splits: Splits, rows: Sequence[Row], costs: CostTable, slo_scale: float) -> ModelSpec:
