@@ -38,7 +38,7 @@ ALLOWED: dict[str, tuple[set[str], set[str]]] = {
     "trace": ({"core"}, {"msgspec"}),
     "bench": ({"core", "trace", "parsing"}, {"msgspec", "uvloop", "PIL"}),
     "sim": ({"core", "msg", "sched", "trace"}, {"msgspec"}),
-    "sizing": ({"core", "sched", "sim", "trace"}, {"msgspec"}),
+    "sizing": ({"bench", "core", "sched", "sim", "trace"}, {"msgspec"}),
     "tiny": (set(), {"numpy", "safetensors", "tokenizers"}),
     # Wiring only: it may see every room, and the third-party packages of the tools it starts.
     "cli": (

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chimera.bench import chart
 from chimera.cli.main import main
+from chimera.sizing import page
+from PIL import Image, ImageColor
 
 SLO = {"ttft_ms": 200, "tpot_ms": 40}
 MODELS: list[dict[str, Any]] = [
@@ -108,6 +111,18 @@ def test_models_on_paper_need_a_checkpoint_for_a_placement_file(files: Path, cap
     assert not (files / "out.json").exists()
 
 
+def test_the_page_of_plots_is_a_picture_of_the_first_line(files: Path) -> None:
+    (answer, _) = planned(
+        files, "--policy", "static", "--slo-scale", "5", "--rate-scale", "1,2", "--plots", str(files / "p.png")
+    )
+    with Image.open(files / "p.png") as picture:
+        assert picture.size == (2 * page.WIDTH, 2 * page.HEIGHT)
+        colours = {colour for _, colour in picture.getcolors(picture.width * picture.height)}
+    hues = chart.colors([model["model_name"] for model in MODELS])
+    assert answer["gpus"] == 2
+    assert {ImageColor.getrgb(hue) for hue in hues.values()} <= colours, "each model has its bar"
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -124,6 +139,7 @@ def test_models_on_paper_need_a_checkpoint_for_a_placement_file(files: Path, cap
         (["--days", "0"], "1 to 1000 are possible"),
         (["--most", "0"], "1 to 1024 are possible"),
         (["--gpu-hour-price", "-1"], "above zero"),
+        (["--plots", "plan.pdf"], "does not end in .png"),
         (["--map", "x"], "'x' is not TRACE=MODEL"),
     ],
 )

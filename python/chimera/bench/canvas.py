@@ -103,6 +103,29 @@ class Png:
         return point[0] * self._scale, point[1] * self._scale
 
 
+class Part:
+    """A rectangle of another canvas, drawn on as if it were a canvas of its own."""
+
+    def __init__(self, whole: Canvas, x: int, y: int, width: int, height: int) -> None:
+        self.width, self.height = width, height
+        self._whole, self._x, self._y = whole, x, y
+
+    def rect(self, x: float, y: float, width: float, height: float, fill: str, tip: str = "") -> None:
+        self._whole.rect(self._x + x, self._y + y, width, height, fill, tip)
+
+    def line(self, points: Sequence[Point], color: str, width: float = 1.0, dashed: bool = False) -> None:
+        self._whole.line(self._moved(points), color, width, dashed)
+
+    def area(self, points: Sequence[Point], fill: str, tip: str = "") -> None:
+        self._whole.area(self._moved(points), fill, tip)
+
+    def text(self, x: float, y: float, words: str, size: float = 12, anchor: str = "start", color: str = "#3c4250") -> None:
+        self._whole.text(self._x + x, self._y + y, words, size, anchor, color)
+
+    def _moved(self, points: Sequence[Point]) -> list[Point]:
+        return [(self._x + x, self._y + y) for x, y in points]
+
+
 def _dashes(points: Sequence[Point], length: float = 4.0) -> list[list[Point]]:
     """Every second piece of a line between its first and last point."""
     (x0, y0), (x1, y1) = points[0], points[-1]

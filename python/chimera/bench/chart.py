@@ -11,7 +11,7 @@ import msgspec
 from chimera.bench.canvas import Canvas, Point
 from chimera.bench.paired import Interval
 from chimera.bench.watch import Sample, Stay, Switch
-from chimera.units import MIB
+from chimera.units import GB, MIB
 
 INK, FAINT, GRID = "#2a2f3a", "#8a91a0", "#e6e8ee"
 RUNS = ("#2f6fde", "#e2703a", "#2f9e6e", "#9159c9", "#c9a227", "#d1477a", "#3aa6b9", "#7a7f8c")
@@ -110,17 +110,19 @@ def shares(canvas: Canvas, title: str, groups: Mapping[str, Sequence[tuple[str, 
     _legend(canvas, names, RUNS)
 
 
-def by_rate(canvas: Canvas, title: str, curves: Sequence[Curve], goal: float = 99.0) -> None:
+def by_rate(
+    canvas: Canvas, title: str, curves: Sequence[Curve], goal: float = 99.0, x_label: str = "requests per second"
+) -> None:
     every = [x for curve in curves for x, _ in curve.points]
     high = _above(max(every, default=1.0))
     frame = _Frame(canvas, (0, high), (0, 100))
-    frame.draw(title, "requests per second", "% of requests sent", _round_steps(high), (0, 25, 50, 75, 100))
+    frame.draw(title, x_label, "% of requests sent", _round_steps(high), (0, 25, 50, 75, 100))
     canvas.line([(frame.left, frame.y(goal)), (frame.right, frame.y(goal))], INK, 1.0, dashed=True)
     for curve, color in zip(curves, RUNS * 9, strict=False):
         points = [(frame.x(x), frame.y(y)) for x, y in sorted(curve.points)]
         canvas.line(points, color, 2.2)
         for (x, y), (rate, share) in zip(points, sorted(curve.points), strict=True):
-            canvas.rect(x - 3, y - 3, 6, 6, color, f"{curve.name}: {share:.1f} % at {rate:.2f}/s")
+            canvas.rect(x - 3, y - 3, 6, 6, color, f"{curve.name}: {share:.1f} % at {rate:.2f} {x_label}")
     _legend(canvas, [curve.name for curve in curves], RUNS)
 
 
@@ -165,6 +167,25 @@ def timeline(
                 left = frame.x(max(0.0, switch.at_s - switch.took_s))
                 width = max(1.5, frame.x(switch.at_s) - left)
                 canvas.rect(left, top, width, height, INK, f"{name} in {switch.took_s:.2f} s: {switch.reason}")
+
+
+def holdings(
+    canvas: Canvas, title: str, held: Sequence[Sequence[tuple[str, int]]], capacity_bytes: int, hues: Mapping[str, str]
+) -> None:
+    """What stands on each GPU, one upon the other; what is white is left to caches."""
+    high = capacity_bytes / GB
+    frame = _Frame(canvas, (0, max(1, len(held))), (0, 1.06 * high))
+    frame.draw(title, "GPU", "GB of weights and engines", (), _round_steps(high))
+    width = frame.x(1) - frame.x(0)
+    for gpu_id, models in enumerate(held):
+        canvas.text(frame.x(gpu_id + 0.5), frame.bottom + 14, str(gpu_id), size=10.5, anchor="middle", color=FAINT)
+        floor = 0.0
+        for name, nbytes in models:
+            ceiling = floor + nbytes / GB
+            top = frame.y(ceiling)
+            canvas.rect(frame.x(gpu_id) + 0.15 * width, top, 0.7 * width, frame.y(floor) - top - 1, hues[name], name)
+            floor = ceiling
+    canvas.line([(frame.left, frame.y(high)), (frame.right, frame.y(high))], INK, 1.2, dashed=True)
 
 
 def model_legend(canvas: Canvas, hues: Mapping[str, str]) -> None:

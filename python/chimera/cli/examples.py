@@ -78,7 +78,7 @@ _OF = {
     "plan": """
         chimera plan --models placement.json --trace trace.csv --gpu H100
         chimera plan --models placement.json --trace trace.csv \\
-          --gpu-hour-price 2.50 --placement planned.json
+          --placement planned.json --plots plan.png
         chimera plan --models placement.json --trace trace.csv \\
           --rate-scale 1,2,4 --add llama""",
     "bench": """

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from chimera.bench.canvas import Png
 from chimera.cli.costs import table_named
 from chimera.cli.on_paper import clear_progress, mapping, print_table, progress
 from chimera.config.cost_tables import shipped_tables
@@ -23,6 +24,7 @@ from chimera.config.placed import SERVED_POLICIES, write_placed
 from chimera.errors import ConfigError
 from chimera.sched.cost import CostTable
 from chimera.sim.placing import gpus_of
+from chimera.sizing import page
 from chimera.sizing.answer import Answer, answer
 from chimera.sizing.layout import Splits, chosen
 from chimera.sizing.load import Load, one_more
@@ -80,6 +82,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--placement", type=Path, metavar="FILE", help="write a placement file for `chimera serve`: the first line of the table"
     )
+    add("--plots", type=Path, metavar="FILE.png", help="one page of plots of the first line")
     add("--json", type=Path, metavar="FILE", help="every answer, with all that the table leaves out")
     add("--quiet", action="store_true", help="no progress")
 
@@ -89,6 +92,8 @@ def run(arguments: argparse.Namespace) -> int:
     policies = _policies(arguments.policy)
     rates = [_positive("--rate-scale", word) for word in arguments.rate_scale.split(",")]
     tables = [table_named(kind if kind.endswith(".json") else kind.lower()) for kind in arguments.gpu.split(",")]
+    if arguments.plots is not None and arguments.plots.suffix != ".png":
+        raise ConfigError.single("--plots", f"{arguments.plots} does not end in .png")
     _require_between("--days", arguments.days, 1, MOST_DAYS)
     _require_between("--most", arguments.most, 1, MOST_GPUS)
     price = None if arguments.gpu_hour_price is None else _positive("--gpu-hour-price", arguments.gpu_hour_price)
@@ -102,8 +107,8 @@ def run(arguments: argparse.Namespace) -> int:
         load = Load(models, question.trace, question.rate, arguments.days)
         search = Search(load, question.costs, target, arguments.most, None if arguments.quiet else progress)
         answers.append(answer(question.what, search, policies, price))
-        if len(answers) == 1 and arguments.placement is not None:
-            _write_placement(arguments, search, answers[0])
+        if len(answers) == 1:
+            _write_first(arguments, search, answers[0])
     clear_progress()
     _print(answers)
     if arguments.json is not None:
@@ -142,18 +147,21 @@ def _questions(
 # What is written.
 
 
-def _write_placement(arguments: argparse.Namespace, search: Search, found: Answer) -> None:
-    if not found.enough:
-        return
-    write_placed(
-        arguments.placement,
-        source=arguments.models,
-        models=search.load.models,
-        placement=found.placement,
-        gpus=gpus_of(found.gpus, search.costs.gpu_bytes),
-        policy=found.policy,
-        local=LOCAL,
-    )
+def _write_first(arguments: argparse.Namespace, search: Search, found: Answer) -> None:
+    if arguments.placement is not None and found.enough:
+        write_placed(
+            arguments.placement,
+            source=arguments.models,
+            models=search.load.models,
+            placement=found.placement,
+            gpus=gpus_of(found.gpus, search.costs.gpu_bytes),
+            policy=found.policy,
+            local=LOCAL,
+        )
+    if arguments.plots is not None:
+        canvas = Png(page.WIDTH, page.HEIGHT)
+        page.draw(canvas, search, found)
+        canvas.save(arguments.plots)
 
 
 def _print(answers: Sequence[Answer]) -> None:

@@ -24,6 +24,8 @@ from chimera.trace.trace import Row, Trace
 FULL = 0.6
 """A replica is given so much of a GPU's time; more is another replica's."""
 
+SPARE = 0.2
+"""A model gets another replica where this part of a GPU is left to caches; its first needs no more than to fit."""
 CUSTOM = 5.0
 """A model without a promise gets so many times what it takes alone, as is the custom of the field."""
 
@@ -97,16 +99,17 @@ def lay_out(
     costs: CostTable,
     *,
     reserved: bool,
+    most_replicas: int = 1024,
 ) -> Placement:
     """`work` is in GPU-seconds over the span; a model that finds no room has no seat. `reserved` shares the rest out."""
     busy = {model.name: work[model.name] / max(span_s, 1.0) for model in models}
-    replicas = {model.name: max(1, math.ceil(busy[model.name] / FULL)) for model in models}
+    replicas = {model.name: min(most_replicas, max(1, math.ceil(busy[model.name] / FULL))) for model in models}
     paper = _Paper(gpus, costs)
     for model in sorted(models, key=lambda m: (-paper.share(m, busy[m.name] / replicas[m.name]), m.name)):
         paper.seat(model, busy[model.name] / replicas[model.name])
     for model in models:
         for _ in range(1, replicas[model.name]):
-            paper.seat(model, busy[model.name] / replicas[model.name])
+            paper.seat(model, busy[model.name] / replicas[model.name], spare=SPARE)
     return reserve(paper.seats, paper.free) if reserved else Placement(tuple(paper.seats))
 
 
@@ -124,14 +127,16 @@ class _Paper:
     def share(self, model: ModelSpec, busy: float) -> float:
         return model.tp_size * max(self._costs.resident_bytes(model) / self._capacity, busy)
 
-    def seat(self, model: ModelSpec, busy: float) -> None:
+    def seat(self, model: ModelSpec, busy: float, *, spare: float = 0.0) -> None:
+        """One more replica, if that leaves a stripe and this part of a GPU to caches."""
         needed = self._costs.resident_bytes(model)
+        least = needed + max(self._costs.stripe_bytes, spare * self._capacity)
         index = sum(seat.replica.model == model.name for seat in self.seats)
         taken = {gpu_id for seat in self.seats if seat.replica.model == model.name for gpu_id in seat.gpu_ids}
         open_gangs = [
             gang
             for gang in gangs(self._gpus, model.tp_size)
-            if not taken & set(gang) and all(self.free[g] >= needed + self._costs.stripe_bytes for g in gang)
+            if not taken & set(gang) and all(self.free[g] >= least for g in gang)
         ]
         if not open_gangs:
             return

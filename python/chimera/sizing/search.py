@@ -133,14 +133,6 @@ class Search:
         """Whether so many can hold the widest model at all."""
         return gpus >= max(model.tp_size for model in self.load.models)
 
-    def tried(self, policy: str) -> dict[int, list[float]]:
-        """Joint attainment of every day that was run to its end, by the number of GPUs."""
-        found: dict[int, list[float]] = {}
-        for (gpus, under, _), outcome in sorted(self._whole.items()):
-            if under == policy:
-                found.setdefault(gpus, []).append(outcome.metrics.joint_attainment)
-        return found
-
     def least(self, policy: str) -> int:
         """What no placement can undercut: the widest model, the seconds of work, and for `static` all weights at once."""
         price = {m.name: (self.costs.of(m), m.tp_size) for m in self.load.models}
