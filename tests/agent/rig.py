@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 from chimera.agent.agent import Agent
+from chimera.agent.watchdog import SILENT_S
 from chimera.control.exchange import Exchange
 from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
@@ -180,6 +181,7 @@ class System:
         self._wanted = wanted
         self._gpu_count = gpu_count
         self._elastic = elastic
+        self.silent_s = SILENT_S
         self.news: asyncio.Queue[Message] = asyncio.Queue()
 
     async def start_control(self) -> None:
@@ -196,6 +198,7 @@ class System:
             gpus=gpus(self._gpu_count),
             run_dir=self.run_dir,
             elastic=self._elastic,
+            silent_s=self.silent_s,
         )
         await self.agent.start()
 
@@ -238,6 +241,7 @@ async def system(
     wanted: Sequence[Seat] | None = None,
     gpu_count: int = 1,
     elastic: bool = False,
+    silent_s: float = SILENT_S,
 ) -> AsyncIterator[tuple[System, Front]]:
     """Everything up, with one front-end; afterwards everything down, and nothing left."""
     with tempfile.TemporaryDirectory(prefix="chimera-test-") as folder:
@@ -245,6 +249,7 @@ async def system(
         (run_dir / "parent.sock").symlink_to(parent_socket)
         seats = tuple(on_gpu(m.name) for m in models) if wanted is None else tuple(wanted)
         made = System(run_dir, models, Placement(seats), gpu_count, elastic)
+        made.silent_s = silent_s
         front = Front(run_dir)
         await made.start_control()
         await made.start_agent()

@@ -132,6 +132,27 @@ async def test_a_killed_worker_sends_its_streams_back_at_once_and_its_model_come
         assert (await end_of(other)).outcome is Outcome.LENGTH, "others are untouched"
 
 
+async def test_a_worker_that_hangs_is_replaced_and_one_that_only_waits_is_not(parent_socket: Path) -> None:
+    models = [model(name, step_s=0.002) for name in ("hangs", "paused", "idle")]
+    async with system(parent_socket, models, silent_s=2.0) as (made, front):
+        ready = await made.until(events.ReplicaReady, 3)
+        epoch = next(r.epoch for r in ready if isinstance(r, events.ReplicaReady) and r.replica.model == "paused")
+        by_name = {w.replica.model: w.vigil.pid for w in made.agent.workers if w.replica is not None and w.vigil is not None}
+        hanging, held = front.ask("hanging", of="hangs", tokens=100_000), front.ask("held", of="paused", tokens=300)
+        await begin_of(hanging)
+        await begin_of(held)
+        made.agent._perform(actions.Pause(replica=on_gpu("paused").replica, epoch=epoch, reason="a test"))
+        os.kill(by_name["hangs"], signal.SIGSTOP)
+        await end_of(hanging)
+        assert isinstance(hanging.verdict, actions.Requeue)
+        assert hanging.verdict.lost and "it made no step for 2 s" in hanging.verdict.reason
+        assert (await end_of(front.ask("again", of="hangs", tries=1))).outcome is Outcome.LENGTH
+        made.agent._perform(actions.Resume(replica=on_gpu("paused").replica, epoch=epoch, reason="a test"))
+        assert (await end_of(held)).outcome is Outcome.LENGTH
+        assert not alive(by_name.pop("hangs"))
+        assert set(by_name.values()) <= set(made.workers())
+
+
 async def test_a_worker_that_cannot_serve_is_given_up_and_says_why(parent_socket: Path) -> None:
     broken = model("broken", no_such_setting=1)
     async with system(parent_socket, [broken, model("a")]) as (_, front):

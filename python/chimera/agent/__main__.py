@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from chimera.agent.agent import DRAIN_S, Agent
+from chimera.agent.watchdog import SILENT_S
 from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
 from chimera.sched.cost import CostTable
@@ -34,6 +35,7 @@ def main() -> int:
     parser.add_argument("--spare-workers", type=int, default=0, metavar="N", help="keep so many EMPTY workers ready")
     parser.add_argument("--prepare", type=Path, metavar="FILE", help="models, as JSON, to prepare while nothing is loading")
     parser.add_argument("--prepare-at-once", type=int, default=1, metavar="N", help="so many of them at a time")
+    parser.add_argument("--silent-s", type=float, default=SILENT_S, help="a worker whose step takes longer is killed")
     parser.add_argument("--decisions", type=Path, help="write every decision to this file")
     parser.add_argument("--traces", metavar="EXPORTER", help="send a span of each try by this exporter of OpenTelemetry's")
     parser.add_argument("--log-level", default="info")
@@ -61,6 +63,7 @@ def main() -> int:
             costs=costs,
             decisions=decisions,
             spans=spans,
+            silent_s=arguments.silent_s,
         )
         await agent.start()
         await stop.wait()

@@ -23,6 +23,7 @@ from chimera.agent.gang import End, Gang, Worker
 from chimera.agent.memory import NodeMemory
 from chimera.agent.pool import SPEAK_WITHIN_S, WorkerPool
 from chimera.agent.roster import Roster
+from chimera.agent.watchdog import SILENT_S, Watchdog
 from chimera.core.gpu import Gpu
 from chimera.core.model import ModelSpec
 from chimera.core.record import Entry
@@ -88,6 +89,7 @@ class Agent:
         costs: CostTable | None = None,
         decisions: Callable[[bytes], object] | None = None,
         spans: TrySpans | None = None,
+        silent_s: float = SILENT_S,
     ) -> None:
         self.name = name
         self._spans = spans
@@ -107,6 +109,7 @@ class Agent:
             roster=Roster(run_dir / f"agent-{name}.workers"),
             spare=spare_workers,
         )
+        self._watchdog = Watchdog(self._pool, self._pool.kill, silent_s)
         self.memory: NodeMemory | None = None
         """Empty where KV pools are of fixed size."""
         if elastic:
@@ -146,6 +149,7 @@ class Agent:
 
     async def start(self) -> None:
         await self._pool.start()
+        self._watchdog.start()
 
     def _meet_control(self) -> None:
         """Once it is known here what lives: a control that knew less would start it again."""
@@ -157,6 +161,7 @@ class Agent:
         """Let the workers finish what they have, and leave; nothing is brought up any more."""
         self._stopping = True
         await self._pool.stop(drain_s)
+        self._watchdog.stop()
         for timer in (self._timer, self._memory_timer, self._ledger_timer, self._prepare_timer):
             if timer is not None:
                 timer.cancel()
@@ -241,6 +246,8 @@ class Agent:
                 self._report(message)
             case stream.Heartbeat() | stream.Flushed():
                 self._control.send(message)
+            case stream.Pong():
+                pass  # that it said something is what counts
             case _:
                 log.warning("worker=%s says what no agent understands: %s", worker.name, type(message).__name__)
 
@@ -518,9 +525,8 @@ class Agent:
 
     def _stop_worker(self, name: str) -> None:
         worker = next((worker for worker in self._pool if worker.name == name), None)
-        if worker is not None and worker.vigil is not None:
-            log.error("killed worker=%s replica=%s reason=it keeps memory that was recalled", name, worker.replica)
-            worker.vigil.signal(signal.SIGKILL)
+        if worker is not None:
+            self._pool.kill(worker, "it keeps memory that was recalled")
 
     def _note_room(self) -> None:
         """How much there is for caches, told to the scheduler when it has changed."""

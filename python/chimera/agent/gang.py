@@ -46,6 +46,10 @@ class Worker:
         """It is EMPTY, or all it was told to be."""
         self.parked: tuple[str, ...] = ()
         """Models that would be there at once if they came back."""
+        self.silent_looks = 0
+        """How often its watchdog has looked since it last said something."""
+        self.verdict = ""
+        """Why it was killed, if it was."""
         self.missed = False
         """It has outlived the agent before this one, and has not spoken yet."""
 
@@ -85,6 +89,8 @@ class Gang:
         self.members = tuple(members)
         self.end: End | None = None
         """What has become of it, by the worst that was heard."""
+        self.is_up = False
+        """All have become the model."""
         self._meeting = meeting
         self._inside = list(members)
         self._ready: dict[Worker, ReplicaReady] = {}
@@ -119,7 +125,8 @@ class Gang:
     def all_ready(self, worker: Worker, ready: ReplicaReady) -> ReplicaReady | None:
         """What the first has said, when with this worker all have become the model."""
         self._ready[worker] = ready
-        return self._ready[self.first] if self.end is None and len(self._ready) == len(self.members) else None
+        self.is_up = self.end is None and len(self._ready) == len(self.members)
+        return self._ready[self.first] if self.is_up else None
 
     def leave(self, worker: Worker, end: End) -> None:
         """A worker is out: EMPTY again, or gone."""

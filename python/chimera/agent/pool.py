@@ -124,9 +124,18 @@ class WorkerPool:
     def found(self, worker: Worker, activation: Activate | None) -> None:
         """It has told what it is."""
         worker.activation, worker.started, worker.missed = activation, True, False
-        worker.gang = None if activation is None else Gang(activation, (worker,))
+        if activation is not None:
+            worker.gang = Gang(activation, (worker,))
+            worker.gang.is_up = True
         self.settle(worker)
         self._miss_no_more(worker)
+
+    def kill(self, worker: Worker, reason: str) -> None:
+        """Its exit is what counts as its loss; this is why."""
+        if worker.vigil is not None:
+            log.error("killed worker=%s replica=%s reason=%s", worker.name, worker.replica, reason)
+            worker.verdict = reason
+            worker.vigil.signal(signal.SIGKILL)
 
     async def stop(self, drain_s: float) -> None:
         """Let every worker drain and leave; what has not left in time is killed. Nothing is left when this returns."""
@@ -214,7 +223,12 @@ class WorkerPool:
         worker.channel = channel
         worker.settled = worker.settled or worker.free
         self._watch(worker, pid)
-        channel.deliver_to(lambda message: self._on_message(worker, message), lambda _: self._cut_off(worker))
+
+        def heard(message: Message) -> None:
+            worker.silent_looks = 0
+            self._on_message(worker, message)
+
+        channel.deliver_to(heard, lambda _: self._cut_off(worker))
         log.info("greeted worker=%s pid=%d", worker.name, pid)
         if self._stopping:
             worker.send(Stop())
@@ -247,7 +261,8 @@ class WorkerPool:
         if worker.channel is not None:  # else it died at birth, and so would its successor, and the next
             self._keep_spare()
         pid = worker.vigil.pid if worker.vigil is not None else None
-        self._on_lost(worker, "the worker's process has exited" + (f" (pid {pid})" if pid is not None else ""))
+        reason = f"the worker was killed: {worker.verdict}" if worker.verdict else "the worker's process has exited"
+        self._on_lost(worker, reason + (f" (pid {pid})" if pid is not None else ""))
         self._miss_no_more(worker)
 
     # Those who have outlived an earlier agent.

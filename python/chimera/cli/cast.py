@@ -40,6 +40,7 @@ def cast(service: Service, folder: Path, port: int) -> list[Child]:
     agent = ["chimera.agent", "--run-dir", told, "--name", "local", "--gpus", str(folder / "gpus.json")]
     agent += ["--costs", str(folder / "costs.json"), "--spare-workers", str(service.spare_workers)]
     agent += ["--prepare", str(folder / "prepare.json"), "--prepare-at-once", str(service.prepare_at_once)]
+    agent += ["--silent-s", str(service.silent_s)]
     if service.elastic:
         agent.append("--elastic")
     if service.images is not None:

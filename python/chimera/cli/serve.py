@@ -116,6 +116,7 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         host_kv_bytes=asked.host_kv_bytes,
         spare_workers=asked.spare,
         prepare_at_once=asked.at_once,
+        silent_s=asked.silent_s,
         prepare=tuple(model for model in deployment.models if asked.beforehand and model.name not in seated),
     )
 

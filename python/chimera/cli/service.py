@@ -34,6 +34,7 @@ class Service:
     port: int = 8000
     fronts: int = 1
     drain_s: float = 30.0
+    silent_s: float = 300.0
     log_level: str = "warning"
     log_dir: Path | None = None
     """Where logs and decisions are kept; else logs go to standard error and decisions go with the run directory."""

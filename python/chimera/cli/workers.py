@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable
 
 from chimera.errors import ConfigError
-from chimera.units import parse_bytes
+from chimera.units import parse_bytes, parse_seconds
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--enable-worker-pool",
         action=argparse.BooleanOptionalAction,
         help="keep EMPTY workers ready, so that no model waits for a new process (default: no)",
+    )
+    parser.add_argument(
+        "--watchdog-timeout",
+        metavar="5m",
+        default="5m",
+        help="a worker whose step takes longer hangs, and is replaced (default: %(default)s)",
     )
     parser.add_argument("--workers-per-gpu", type=int, metavar="N", help="so many of them (default: 1)")
     parser.add_argument(
@@ -51,6 +57,7 @@ class Workers:
         self.parked_models = (2 if arguments.parked_models is None else arguments.parked_models) if parks else 0
         self.parked_bytes = _bytes("--parked-bytes", arguments.parked_bytes)
         self.host_kv_bytes = (_bytes("--host-kv", arguments.host_kv) or 0) if self.parked_models else 0
+        self.silent_s = _silent_s(arguments.watchdog_timeout)
         self._arguments = arguments
         self._why_not_beforehand = "an image is built in a GPU's own memory" if shares else "weights are not shared"
         self._parks = parks
@@ -79,6 +86,7 @@ def require_sensible(arguments: argparse.Namespace) -> None:
             raise ConfigError.single(flag, f"{count}: {least} to 64 are possible")
     _bytes("--parked-bytes", arguments.parked_bytes)
     _bytes("--host-kv", arguments.host_kv)
+    _silent_s(arguments.watchdog_timeout)
 
 
 def _bytes(flag: str, text: str | None) -> int | None:
@@ -86,3 +94,13 @@ def _bytes(flag: str, text: str | None) -> int | None:
         return None if text is None else parse_bytes(text)
     except ValueError as fault:
         raise ConfigError.single(flag, str(fault)) from None
+
+
+def _silent_s(text: str) -> float:
+    try:
+        seconds = parse_seconds(text)
+    except ValueError as fault:
+        raise ConfigError.single("--watchdog-timeout", str(fault)) from None
+    if not seconds > 0:
+        raise ConfigError.single("--watchdog-timeout", f"{text}: it has to be above zero")
+    return seconds

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
@@ -28,6 +28,16 @@ TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # Second copies of the weights in their authors' own formats.
 _UNWANTED = ["original/*", "metal/*", "onnx/*"]
+
+
+class _Generation(msgspec.Struct, frozen=True):
+    """What SGLang heeds of generation_config.json, with the bounds that a request's own words have."""
+
+    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=2)] | None = None
 
 
 class Checkpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -140,7 +150,8 @@ def _shape(folder: Path, faults: Faults) -> ModelShape | None:
 def _tastes(folder: Path, faults: Faults) -> Tastes:
     """What generation_config.json says of picking; many checkpoints have none."""
     try:
-        return msgspec.convert(_json_object(folder / "generation_config.json"), type=Tastes)
+        told = msgspec.convert(_json_object(folder / "generation_config.json"), type=_Generation)
+        return Tastes(**msgspec.structs.asdict(told))
     except FileNotFoundError:
         pass
     except (OSError, ValueError, RecursionError) as reason:  # a value out of its bounds is a ValueError too

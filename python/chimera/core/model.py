@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import msgspec
 
@@ -19,11 +19,11 @@ class Slo(msgspec.Struct, frozen=True, kw_only=True):
 class Tastes(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How a model's makers would pick its tokens, where a request does not say. `None`: they do not say either."""
 
-    temperature: Annotated[float, msgspec.Meta(ge=0)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
-    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=2)] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):

@@ -175,6 +175,14 @@ class Heartbeat(Stream, frozen=True, kw_only=True):
     """Cached prefixes that went because memory was recalled, in this life."""
 
 
+class Ping(Stream, frozen=True, kw_only=True):
+    """Asks a worker that has a model, and has said nothing for long, whether it still takes steps; from its agent."""
+
+
+class Pong(Stream, frozen=True, kw_only=True):
+    """It does, or has nothing to do: said between two steps."""
+
+
 class Fork(Stream, frozen=True, kw_only=True):
     """Asks the preloaded parent for one more worker, which greets `agent_socket`."""
 

@@ -67,6 +67,8 @@ Message = (
     | stream.Tokens
     | stream.Failed
     | stream.Heartbeat
+    | stream.Ping
+    | stream.Pong
     | stream.Fork
     | stream.Forked
     | stream.Prepare

@@ -200,6 +200,8 @@ class Life:
                 self._paused_until_s = None
             case actions.Grant(epoch=self.epoch) | actions.Recall(epoch=self.epoch) if self._lease is not None:
                 return self._lease.obey(message, time.monotonic())
+            case stream.Ping():
+                self._ties.tell_agent(stream.Pong())
             case stream.LetGo():
                 self._keeping.obey(message)
             case stream.Flush():
