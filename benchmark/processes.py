@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,8 +16,11 @@ def servers() -> list[int]:
 
 
 def children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a thread that has ended meanwhile
+            found += [int(child) for child in (task / "children").read_text().split()]
+    return found
 
 
 def descendants(pid: int) -> list[int]:
@@ -39,8 +43,11 @@ def cpu_s(pids: Iterable[int]) -> float:
 
 def ran_s(pids: Iterable[int]) -> float:
     """The same to the nanosecond; of threads that run still."""
-    tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    ran_ns = 0
+    for task in (task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()):
+        with contextlib.suppress(FileNotFoundError):
+            ran_ns += int((task / "schedstat").read_text().split()[0])
+    return ran_ns / 1e9
 
 
 def private_mib(pid: int) -> int:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,19 @@ READY_WITHIN_S = 180.0
 
 
 @contextmanager
-def served(placement: dict[str, Any], *flags: str, cores: Collection[int] | None = None) -> Iterator[str]:
-    """The server's address. `cores` are the only ones it may run on."""
+def served(
+    placement: dict[str, Any], *flags: str, cores: Collection[int] | None = None, environment: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """The server's address. `cores` are the only ones it may run on, `environment` is beside this process's own."""
     with tempfile.TemporaryDirectory(prefix="chimera-bench-") as folder:
         file = Path(folder) / "placement.json"
         file.write_text(json.dumps(placement))
         words = [sys.executable, "-m", "chimera", "serve", str(file), "--port", "0", "--log-level", "error", *flags]
         pinned = None if cores is None else lambda: os.sched_setaffinity(0, cores)
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=pinned)
+        variables = {**os.environ, **(environment or {})}
+        process = subprocess.Popen(
+            words, stdout=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=pinned, env=variables
+        )
         late = threading.Timer(READY_WITHIN_S, process.send_signal, [signal.SIGINT])
         late.start()
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or a stopped script would leave its server behind

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -167,17 +168,16 @@ async def test_nothing_is_wider_than_a_phone(stage: Stage, opens: Opens) -> None
     await expect(window.page.get_by_label("Message")).to_be_in_viewport()
 
 
-FRAMES = """() => new Promise((resolve) => {
-  const look = () => {
-    const frames = performance.getEntriesByName("frame");
-    frames.length < 9 ? setTimeout(look, 200) : resolve(frames.map((frame) => frame.duration));
-  };
-  look();
-})"""
+SECONDS = 6
+"""Of looking on, from the first byte."""
+LOADS = 3
+"""The best of so many counts: on shared cores a task's caches are not its own."""
+DRAWN = """() => [...document.querySelectorAll("canvas")].filter((canvas) =>
+  canvas.getContext("2d").getImageData(canvas.width - 2, canvas.height - 2, 1, 1).data[3] > 0).length"""
 
 
-async def test_500_models_on_64_gpus_are_drawn_in_time_and_are_not_long_on_their_way(stage: Stage, chromium: Any) -> None:
-    """Frames under 50 ms, the first picture under 200 KiB in all."""
+def stand_for_a_large_house(stage: Stage) -> None:
+    """64 GPUs and 500 models, five minutes of it, and as many actions as are told."""
     second = 300
 
     def snapshot() -> Any:
@@ -188,6 +188,48 @@ async def test_500_models_on_64_gpus_are_drawn_in_time_and_are_not_long_on_their
     for earlier in range(second):
         stage.rehearsal.lookout.note(large(earlier), stage.rehearsal.measures)
     stage.rehearsal.snapshot = snapshot  # type: ignore[method-assign]
+    for number, spec in enumerate(large(0).models[:256], 1):
+        entry = Entry(at_s=float(number), what="activate", model=spec.name, reason="because its neighbour sleeps")
+        stage.rehearsal.news.append((number, entry))
+
+
+def longest_ms(trace: bytes) -> tuple[float, float]:
+    """Of the page's own thread, scripts, layout and painting together: the most that one task ran, and how long that took."""
+    events = json.loads(trace)["traceEvents"]
+    mains = {(e["pid"], e["tid"]) for e in events if e["name"] == "thread_name" and e["args"]["name"] == "CrRendererMain"}
+    tasks = [e for e in events if e["name"] == "RunTask" and (e["pid"], e["tid"]) in mains and "tdur" in e]
+    assert len(tasks) > 100
+    longest = max(tasks, key=lambda task: task["tdur"])
+    return longest["tdur"] / 1000, longest["dur"] / 1000
+
+
+async def test_500_models_on_64_gpus_are_drawn_in_time(stage: Stage, chromium: Any) -> None:
+    """No frame takes 50 ms, from the first on."""
+    stand_for_a_large_house(stage)
+    taken = []
+    while len(taken) < LOADS and not (taken and min(taken)[0] < 50):
+        context = await chromium.new_context(viewport={"width": 1440, "height": 900})
+        page = await context.new_page()
+        page.set_default_timeout(PATIENCE_MS)
+        await chromium.start_tracing(page=page, categories=["__metadata", "disabled-by-default-devtools.timeline"])
+        told = stage.rehearsal.sights
+        await page.goto(stage.url)
+        async with asyncio.timeout(60):
+            while stage.rehearsal.sights < told + SECONDS:  # noqa: ASYNC110 - the rehearsal has no event for it
+                await asyncio.sleep(0.1)
+        taken.append(longest_ms(await chromium.stop_tracing()))
+        await expect(page.locator("figure")).to_have_count(64)
+        await expect(page.locator("#rows tr")).to_have_count(500)
+        assert await page.evaluate(DRAWN) == 64
+        assert await page.locator("#actions li").count() == 200
+        await context.close()
+    print("longest frame", ", ".join(f"{ran:.0f} ms ({took:.0f} ms on the wall's clock)" for ran, took in taken))
+    assert min(taken)[0] < 50, taken
+
+
+async def test_the_first_picture_of_a_large_house_is_not_long_on_its_way(stage: Stage, chromium: Any) -> None:
+    """Under 200 KiB in all."""
+    stand_for_a_large_house(stage)
     context = await chromium.new_context(viewport={"width": 1440, "height": 900})
     page = await context.new_page()
     page.set_default_timeout(PATIENCE_MS)
@@ -204,12 +246,23 @@ async def test_500_models_on_64_gpus_are_drawn_in_time_and_are_not_long_on_their
     network.on("Network.loadingFinished", whole)
     await network.send("Network.enable")
     await page.goto(stage.url)
-    await page.locator("#rows tr:not([hidden])").first.wait_for()
+    await page.locator("#rows .state").first.wait_for()
     first_load = sum(arrived.values())
+    print(f"first load {first_load / 1024:.0f} KiB")
     assert 20_000 < first_load < 200 * 1024, arrived
-    async with asyncio.timeout(60):
-        taken = await page.evaluate(FRAMES)
-    print(f"first load {first_load / 1024:.0f} KiB; frames {', '.join(f'{ms:.0f}' for ms in taken)} ms")
-    assert sorted(taken[1:])[len(taken[1:]) // 2] < 50, taken
-    await expect(page.locator("figure")).to_have_count(64)
     await context.close()
+
+
+async def test_a_row_is_there_when_it_is_come_to_and_tells_what_is_true_then(stage: Stage, opens: Opens) -> None:
+    stand_for_a_large_house(stage)
+    window = await opens(stage.url)
+    row = window.page.locator("#rows tr").nth(400)
+    await expect(row).to_have_text("publisher/model-of-some-size-400")  # its name can be searched for
+    await row.scroll_into_view_if_needed()
+    await expect(row.locator(".state")).to_have_text("serving")
+    used = await row.locator(".used").inner_text()
+    await expect(row.locator(".used")).not_to_have_text(used)  # a second later
+    await window.page.locator("#models-filter").fill("size-007")
+    await expect(window.page.locator("#rows tr:not([hidden])")).to_have_count(1)
+    await expect(window.page.locator("#rows tr:not([hidden]) .state")).to_have_text("serving")
+    assert window.faults == []

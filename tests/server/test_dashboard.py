@@ -123,10 +123,15 @@ async def test_a_sight_is_asked_once_for_all_viewers(stage: Stage, monkeypatch: 
     assert stage.rehearsal.sights <= settled + 1
 
 
-async def test_the_cast_comes_once_and_again_when_it_changes(stage: Stage) -> None:
+async def test_the_cast_comes_with_the_past_and_again_when_it_changes(stage: Stage) -> None:
+    stage.rehearsal.news.append((7, Entry(at_s=1.0, what="activate", model="m", reason="because")))
     async with viewer(stage) as looking:
         first = await looking.next_of("sight")
-        assert [part["name"] for part in first["changed"]["models"]] == ["m"]
+        async with stage.client.get(stage.url + "/sight/past") as response:
+            past = await response.json()
+        assert [part["name"] for part in past["cast"]["models"]] == ["m"]
+        assert first["cast"] == past["cast"]["number"]
+        assert first["changed"] is None and first["news"] == []  # that would be twice on its way
         assert (await looking.next_of("sight"))["changed"] is None
         wild = "<img src=x onerror=alert(1)>\x1b[2J"
         stage.rehearsal.register(model(wild, model_folder(stage.run_dir / "wild")))

@@ -183,9 +183,10 @@ class Dashboard:
             except RequestError as fault:
                 yield Away(why=fault.message)
             else:
+                first = self._cast.number == 0  # what there was before is told by the past, which each viewer asks for
                 self._cast = sight.changed or self._cast
                 after = sight.news[-1].number if sight.news else after
-                yield sight
+                yield msgspec.structs.replace(sight, changed=None, news=()) if first else sight
             await asyncio.sleep(_EVERY_S)
 
     def _seen(self, told: Sight | Away, key: ApiKey) -> Sight | Away:

@@ -1,12 +1,15 @@
 // The action feed, newest first: what was done to which model, and why; what else was weighed is a click away.
 
 import { $, colour, h, printable, seconds, swatch, time } from "./words.js";
+import { later } from "./later.js";
 
 const MOST = 200;
+const AT_ONCE = 20;
 
 export class Actions {
   #house;
   #shown = 0;
+  #behind = []; // of many that come at once, the older ones: they follow a few at a time
 
   constructor(house) {
     this.#house = house;
@@ -17,10 +20,31 @@ export class Actions {
     if (fresh.length === 0) return;
     this.#shown = fresh.at(-1).number;
     const list = $("actions");
-    const places = new Map(this.#house.cast.models.map((part, place) => [part.name, place]));
-    list.prepend(...fresh.map((one) => item(one, places)).reverse());
-    while (list.childElementCount > MOST) list.lastElementChild.remove();
+    const nodes = this.#items(fresh.splice(-AT_ONCE).reverse());
+    list.prepend(...nodes);
+    if (fresh.length) this.#behind.unshift({ entries: fresh.reverse(), after: nodes.at(-1) });
+    trim(list);
+    if (this.#behind.length) later(this.#more);
   }
+
+  #more = () => {
+    const [batch] = this.#behind;
+    const nodes = this.#items(batch.entries.splice(0, AT_ONCE));
+    batch.after.after(...nodes);
+    batch.after = nodes.at(-1);
+    trim($("actions"));
+    if (batch.entries.length === 0 || !batch.after.isConnected) this.#behind.shift();
+    if (this.#behind.length) later(this.#more);
+  };
+
+  #items(entries) {
+    const places = new Map(this.#house.cast.models.map((part, place) => [part.name, place]));
+    return entries.map((one) => item(one, places));
+  }
+}
+
+function trim(list) {
+  while (list.childElementCount > MOST) list.lastElementChild.remove();
 }
 
 function item(entry, places) {

@@ -33,13 +33,10 @@ function see(event) {
 
 function show() {
   due = 0;
-  const began = performance.now();
   for (const view of views) view.show();
   totals();
   rules();
   notice(house.fault ? `Records are not kept: ${house.fault}. Serving goes on.` : "", "fault");
-  if (performance.getEntriesByName("frame").length >= 60) performance.clearMeasures("frame");
-  performance.measure("frame", { start: began, end: performance.now() });
 }
 
 function live(state, words) {

@@ -5,6 +5,7 @@
 
 import { $, colour, grey, h, onTheme, printable, say, size, swatch, time } from "./words.js";
 import { WINDOW_S } from "./house.js";
+import { forget, later, watchFor } from "./later.js";
 
 const REST = ["others", "engines", "adapters"];
 const REST_WORDS = { others: "others, margin", engines: "engines", adapters: "adapters" };
@@ -26,7 +27,8 @@ export class Memory {
   show() {
     const { cast } = this.#house;
     if (cast.number !== this.#cast) this.#build(cast);
-    for (const map of this.#maps) map.step(this.#house.replaced);
+    if (this.#house.replaced) for (const map of this.#maps) map.drawn = undefined;
+    for (const map of this.#maps) if (map.near) later(map.come);
     this.#house.replaced = false;
   }
 
@@ -35,6 +37,7 @@ export class Memory {
     const n = cast.gpus.length;
     const density = n <= 2 ? "large" : n <= 4 ? "wide" : n <= LEGEND_UP_TO ? "" : "small";
     $("maps").className = density;
+    forget(this.#maps.map((map) => map.node));
     this.#maps = cast.gpus.map((device, place) => new Map_(this.#house, device, place, density !== "small"));
     $("maps").replaceChildren(...this.#maps.map((map) => map.node));
     this.#house.replaced = true;
@@ -63,6 +66,7 @@ class Map_ {
       this.pools,
     );
     this.cursor = null;
+    watchFor(this, this.node);
     this.canvas.addEventListener("pointermove", (event) => this.#look(this.#momentAt(event.offsetX)));
     this.canvas.addEventListener("pointerleave", () => this.#look(null));
     this.canvas.addEventListener("focus", () => this.#name());
@@ -71,17 +75,22 @@ class Map_ {
     this.canvas.addEventListener("keydown", (event) => this.#key(event));
   }
 
+  redraw() {
+    this.drawn = undefined;
+    if (this.near) later(this.come);
+  }
+
   /** The newest second, or all of them anew. */
-  step(whole) {
+  come = () => {
     const newest = this.house.moments.at(-1);
     if (newest === undefined) return;
-    if (whole || this.drawn === undefined) this.redraw();
+    if (this.drawn === undefined) this.#draw();
     else if (newest.at > this.drawn) this.#push(newest);
     this.#tell(newest);
     if (this.cursor !== null) this.#look(this.cursor);
-  }
+  };
 
-  redraw() {
+  #draw() {
     const { canvas } = this;
     const scale = devicePixelRatio;
     const [width, height] = [Math.round(canvas.clientWidth * scale), Math.round(canvas.clientHeight * scale)];

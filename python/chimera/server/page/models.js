@@ -1,9 +1,14 @@
 // The table of models: what each one does, and for operators what can be done with it.
+//
+// A row is its model's name until it is about to be seen; only rows that are get what is new. With 500 models that is the
+// difference between a frame of 30 elements and one of 15,000.
 
 import { $, colour, count, h, many, onTheme, printable, rate, say, share, size, swatch } from "./words.js";
 import { STATES } from "./house.js";
+import { forget, later, watchFor } from "./later.js";
 
 const AT_ONCE = 40; // with more models than this, those at rest are folded away
+const ROWS_AT_ONCE = 60;
 
 export class Models {
   #house;
@@ -32,7 +37,7 @@ export class Models {
       const row = this.#rows[model.index];
       const hidden = (folds && this.#folded && rests) || !model.part.name.toLowerCase().includes(wanted);
       if (row.node.hidden !== hidden) row.node.hidden = hidden;
-      if (!hidden) row.tell(model);
+      row.learn(model);
     }
     $("rest").hidden = !folds || resting === 0;
     say($("rest"), this.#folded ? `Show ${many(resting, "model")} at rest` : "Fold models at rest");
@@ -40,14 +45,44 @@ export class Models {
 
   #build(cast) {
     this.#cast = cast.number;
+    forget(this.#rows.map((row) => row.node));
     this.#rows = cast.models.map((part, index) => new Row(part, index, this.#verbs));
-    $("rows").replaceChildren(...this.#rows.map((row) => row.node));
+    $("rows").replaceChildren();
+    this.#more();
   }
+
+  /** Some rows in each frame: the first ones are seen at once. */
+  #more = () => {
+    const there = $("rows").childElementCount;
+    $("rows").append(...this.#rows.slice(there, there + ROWS_AT_ONCE).map((row) => row.node));
+    if (there + ROWS_AT_ONCE < this.#rows.length) later(this.#more);
+  };
 }
 
 class Row {
   constructor(part, index, verbs) {
-    const name = printable(part.name);
+    this.part = part;
+    this.index = index;
+    this.verbs = verbs;
+    this.name = printable(part.name);
+    this.promises = part.ttft_slo_s !== null || part.tpot_slo_s !== null;
+    this.node = h("tr", { className: "later" }, h("th", { scope: "row" }, this.name));
+    watchFor(this, this.node);
+  }
+
+  /** What it does now; shown if somebody may see it. */
+  learn(model) {
+    this.model = model;
+    if (this.near) this.come();
+  }
+
+  come = () => {
+    if (this.up === undefined) this.#fill();
+    this.#tell(this.model);
+  };
+
+  #fill() {
+    const { part, index, verbs, name } = this;
     const cell = (label, ...inside) => h("td", { "data-label": label, className: label === "KV pool" || label === "GPU" ? "" : "n" }, ...inside);
     this.state = h("span", { className: "state" });
     this.why = h("small", { className: "why" });
@@ -68,9 +103,8 @@ class Row {
       ariaLabel: `Keep ${name} from leaving`,
       onclick: () => verbs.pin(pin, part.name, !part.pin),
     }, part.pin ? "Pinned" : "Pin");
-    this.node = h(
-      "tr",
-      {},
+    this.node.className = "";
+    this.node.replaceChildren(
       h(
         "th",
         { scope: "row" },
@@ -85,11 +119,9 @@ class Row {
       cell("KV pool", this.pool, this.used, this.leased),
       h("td", { className: "verbs" }, this.up, pin),
     );
-    this.name = name;
-    this.promises = part.ttft_slo_s !== null || part.tpot_slo_s !== null;
   }
 
-  tell({ replicas, pulse, part }) {
+  #tell({ replicas, pulse, part }) {
     const best = replicas.find((replica) => replica.state === "serving") ?? replicas[0];
     const word = best === undefined ? "down" : best.quarantine !== null ? "quarantined" : STATES[best.state];
     this.isUp = word === "serving" || word === "loading";
