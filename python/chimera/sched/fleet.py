@@ -86,6 +86,8 @@ class Fleet:
         self._prices_of: CostTable | None = None
         self._timed: set[ReplicaId] = set()
         """The places with a `due_s`; few."""
+        self._due_s: float | None = None
+        """The soonest of them."""
 
     # What is wanted.
 
@@ -229,25 +231,36 @@ class Fleet:
         for gpu_id in place.seat.gpu_ids:
             self._on_gpu[gpu_id].remove(place)
         self._by_model[place.replica.model].remove(place)
-        self._timed.discard(place.replica)
+        if place.replica in self._timed:
+            self._timed.discard(place.replica)
+            self._find_due()
 
     def enter(self, place: Place, state: PlaceState, now: float, *, due_s: float | None = None) -> None:
         place.enter(state, now, due_s=due_s)
         self.note_due(place)
 
     def note_due(self, place: Place) -> None:
-        if place.due_s is None:
+        if place.due_s is not None:
+            self._timed.add(place.replica)
+        elif place.replica in self._timed:
             self._timed.discard(place.replica)
         else:
-            self._timed.add(place.replica)
+            return
+        self._find_due()
+
+    def _find_due(self) -> None:
+        dues = (self.places[replica].due_s for replica in self._timed)
+        self._due_s = min((due_s for due_s in dues if due_s is not None), default=None)
 
     @property
     def timed(self) -> int:
         """How many places have something that has to be done about them at a known time."""
         return len(self._timed)
 
-    def dues(self) -> Iterator[float]:
-        return (due for replica in self._timed if (due := self.places[replica].due_s) is not None)
+    @property
+    def due_s(self) -> float | None:
+        """The soonest of those times."""
+        return self._due_s
 
     def due_by(self, now: float) -> list[Place]:
         places = (self.places[replica] for replica in sorted(self._timed))
@@ -255,6 +268,8 @@ class Fleet:
 
     def check(self) -> None:
         """Raises if an invariant of this module does not hold."""
+        dues = [place.due_s for place in self.places.values() if place.due_s is not None]
+        assert self._due_s == min(dues, default=None), "somebody is due sooner than is known"
         for place in self.places.values():
             assert (place.due_s is not None) == (place.replica in self._timed), f"{place.replica} is due without a time"
             if place.state is PlaceState.SERVING:

@@ -152,7 +152,8 @@ class Lives:
                 yield from self._give_up_routed(agent, set(), "its agent was lost and has not come back")
 
     def due_s(self) -> Iterator[float]:
-        yield from self._fleet.dues()
+        if self._fleet.due_s is not None:
+            yield self._fleet.due_s
         yield from (a.requests_due_s for a in self._fleet.awaited() if a.requests_due_s is not None)
 
     def _due(self, place: Place, now: float) -> Iterator[Action]:

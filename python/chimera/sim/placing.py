@@ -36,9 +36,12 @@ def evenly(models: Iterable[ModelSpec], gpus: Sequence[Gpu], costs: CostTable, *
     A model that finds no room has no seat.
     """
     free = {gpu.gpu_id: gpu.capacity_bytes for gpu in gpus}
+    places: dict[int, list[tuple[int, ...]]] = {}
     seats: list[Seat] = []
     for model in sorted(models, key=lambda m: (-m.weight_bytes * m.tp_size, m.name)):
-        chosen = _roomiest(free, gpus, model.tp_size)
+        if model.tp_size not in places:
+            places[model.tp_size] = gangs(gpus, model.tp_size)
+        chosen = min(places[model.tp_size], key=lambda gang: (-min([free[g] for g in gang]), gang), default=())
         needed = costs.resident_bytes(model) + costs.stripe_bytes
         if not chosen or any(free[gpu_id] < needed for gpu_id in chosen):
             continue
@@ -46,10 +49,6 @@ def evenly(models: Iterable[ModelSpec], gpus: Sequence[Gpu], costs: CostTable, *
             free[gpu_id] -= costs.resident_bytes(model)
         seats.append(Seat(replica=ReplicaId(model.name), gpu_ids=chosen))
     return reserve(seats, free) if reserved else Placement(tuple(seats))
-
-
-def _roomiest(free: Mapping[int, int], gpus: Sequence[Gpu], size: int) -> tuple[int, ...]:
-    return max(gangs(gpus, size), key=lambda gang: (min(free[g] for g in gang), [-g for g in gang]), default=())
 
 
 def gangs(gpus: Sequence[Gpu], size: int) -> list[tuple[int, ...]]:
