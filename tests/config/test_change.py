@@ -71,7 +71,12 @@ def test_a_policy_that_the_file_names_is_a_change_and_one_that_it_leaves_out_is_
     named = {"models": BEFORE, "policy": "flexible", "local": "fcfs"}
     assert changed(BEFORE, named).words == ("policy is flexible", "local is fcfs")
     assert not changed(named, BEFORE)
-    assert "new start" in changed(BEFORE, {"models": BEFORE, "warm": {"max_models": 3}}).words[0]
+
+
+@pytest.mark.parametrize("said", [{"warm": {"max_models": 3}}, {"gpus": "2x1GiB"}])
+def test_what_takes_a_new_start_is_named(changed: Changed, said: dict[str, Any]) -> None:
+    (word,) = changed(BEFORE, {"models": BEFORE, **said}).words
+    assert word == f"{next(iter(said))} has changed, which takes a new start of the server"
 
 
 class TestAnEntryByRequest:

@@ -28,7 +28,7 @@ class Filing:
     elastic: bool
     roots: Roots
     flags: frozenset[str] = frozenset()
-    """Of `policy` and `local`: what a flag has settled, whatever the file says."""
+    """Of `policy`, `local` and `filed_gpus`: what a flag, or the machine, has settled, whatever the file says."""
 
     def read_again(self) -> tuple[Deployment, Change]:
         """The file as it is now, and its difference from what is in force. ConfigError lists every fault."""

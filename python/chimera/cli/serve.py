@@ -79,14 +79,19 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
     seated = {seat.replica.model for seat in deployment.placement.seats}
     policy, local = arguments.policy or deployment.policy or "static", arguments.local or deployment.local
     file = _placement_file(arguments)
+    virtual = all(gpu.virtual for gpu in deployment.gpus)
+    settled = {
+        "policy": arguments.policy is not None,
+        "local": arguments.local is not None,
+        "filed_gpus": not virtual or bool(arguments.virtual_gpus) or arguments.num_gpus is not None,
+    }
     filing = Filing(
         in_force=msgspec.structs.replace(deployment, policy=policy, local=local),
         file=file,
         elastic=not arguments.static,
         roots=roots_of(arguments.model_root, file, deployment),
-        flags=frozenset(name for name in ("policy", "local") if getattr(arguments, name) is not None),
+        flags=frozenset(name for name, flagged in settled.items() if flagged),
     )
-    virtual = all(gpu.virtual for gpu in deployment.gpus)
     asked = workers.Workers(arguments, shares=shared is not None, virtual=virtual, gpus=len(deployment.gpus))
     asked.tell_what_is_idle(_say)
     return Service(

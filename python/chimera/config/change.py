@@ -58,8 +58,9 @@ def _words(old: Deployment, new: Deployment) -> Iterator[str]:
     for what in ("policy", "local"):
         if (wish := getattr(new, what)) is not None and wish != getattr(old, what):
             yield f"{what} is {wish}"
-    if new.warm != old.warm:
-        yield "warm has changed, which takes a new start of the server"
+    for what in ("filed_gpus", "warm"):
+        if getattr(new, what) != getattr(old, what):
+            yield f"{what.removeprefix('filed_')} has changed, which takes a new start of the server"
 
 
 def _what_changed(old: ModelSpec, new: ModelSpec) -> str:

@@ -43,6 +43,8 @@ class Deployment(msgspec.Struct, frozen=True, kw_only=True):
     placement: Placement
     """The seats that are on."""
     gpus: tuple[Gpu, ...]
+    filed_gpus: str | None = None
+    """What the file says of them, whoever has settled it."""
     policy: str | None = None
     """The file's wish; a flag goes first. So with the order of requests."""
     local: str | None = None
@@ -282,6 +284,7 @@ def _deployment(survey: Survey) -> Deployment:
         models=models,
         placement=Placement(seats),
         gpus=survey.gpus,
+        filed_gpus=file.gpus,
         policy=file.policy,
         local=file.local,
         warm=file.warm,
