@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chimera.cli.filing import Filing
 from chimera.config.change import Change, change
 from chimera.config.deployment import deployment_of_entry, load_placement
 from chimera.config.roots import Roots
@@ -77,6 +78,28 @@ def test_a_policy_that_the_file_names_is_a_change_and_one_that_it_leaves_out_is_
 def test_what_takes_a_new_start_is_named(changed: Changed, said: dict[str, Any]) -> None:
     (word,) = changed(BEFORE, {"models": BEFORE, **said}).words
     assert word == f"{next(iter(said))} has changed, which takes a new start of the server"
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"), [(None, ("gpus has changed, which takes a new start of the server",)), ("2x1GiB", ())]
+)
+def test_other_gpus_are_named_unless_a_flag_has_settled_them(
+    write: Write, make_model: MakeModel, tmp_path: Path, flag: str | None, words: tuple[str, ...]
+) -> None:
+    make_model("llama")
+    file = write({"gpus": "2x1GiB", "models": BEFORE})
+    filing = Filing(
+        in_force=load_placement(file, None if flag is None else gpus(flag)),
+        file=file,
+        elastic=True,
+        roots=Roots([tmp_path]),
+        flags=frozenset() if flag is None else frozenset({"filed_gpus"}),
+    )
+    assert not filing.read_again()[1]
+    write({"gpus": "4x1GiB", "models": BEFORE})
+    fresh, found = filing.read_again()
+    assert found.words == words
+    assert fresh.gpus == filing.in_force.gpus, "a running server keeps those that it has"
 
 
 class TestAnEntryByRequest:
