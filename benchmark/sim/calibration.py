@@ -1,9 +1,9 @@
 """A cost table for a server that is running, from requests that are nobody's: one by one, and several at once.
 
 It asks in rounds, because a machine that others share is another one a minute later: rounds between the pieces of a
-measurement see the machine that the measurement sees. Each request comes as soon as the one before it is answered, for a
-machine at rest wakes slowly: here a first token took half as long again when nothing was asked for a quarter of a second.
-Knows no HTTP.
+measurement see the machine that the measurement sees. A machine at rest wakes slowly: here a first token took half as long
+again when nothing was asked for a quarter of a second. In a load about half of the requests find a system at rest, so half of
+those that come one by one follow on the heels of the one before them, and half after a rest. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from benchmark.sim import fit
 Server = Callable[[Trace, int | None], Awaitable[list[Story]]]
 """What becomes of a trace's rows, in their order; with a number, so many are asked at a time, whatever the clock says."""
 
-LONE = 24
+LONE = 12
+"""On the heels of each other, and as many that come every so often."""
+LONE_EVERY_S = 0.25
 TOGETHER, TOGETHER_EVERY_S, TOGETHER_TOKENS = (1, 2, 4, 8), 0.4, 24
 
 
@@ -47,10 +49,11 @@ class Calibration:
 
     async def _ask(self, model: str, draw: random.Random) -> None:
         """Lengths come in no order, or a slow moment would be a slope."""
-        lone = [Row(0.0, model, draw.randrange(10, self._longest), 2) for _ in range(LONE)]
-        for story in await self._server(Trace("one by one", tuple(lone)), 1):
-            if story.ttft_s is not None:
-                self._lone[model].append((story.prompt_tokens, story.ttft_s))
+        for concurrency in (1, None):
+            lone = [Row(n * LONE_EVERY_S, model, draw.randrange(10, self._longest), 2) for n in range(LONE)]
+            for story in await self._server(Trace("one by one", tuple(lone)), concurrency):
+                if story.ttft_s is not None:
+                    self._lone[model].append((story.prompt_tokens, story.ttft_s))
         counts = [(n * TOGETHER_EVERY_S, count) for n, count in enumerate(TOGETHER) for _ in range(count)]
         groups = [Row(at_s, model, 16, TOGETHER_TOKENS) for at_s, _ in counts]
         for (_, count), story in zip(counts, await self._server(Trace("at once", tuple(groups)), None), strict=True):
