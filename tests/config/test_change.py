@@ -102,6 +102,23 @@ def test_other_gpus_are_named_unless_a_flag_has_settled_them(
     assert fresh.gpus == filing.in_force.gpus, "a running server keeps those that it has"
 
 
+def test_who_comes_later_and_is_off_is_prepared_unless_it_is_in_force_already(
+    write: Write, make_model: MakeModel, tmp_path: Path
+) -> None:
+    make_model("llama")
+    make_model("other")
+    file = write(BEFORE)
+    filing = Filing(
+        in_force=load_placement(file, gpus("3x1GiB")), file=file, elastic=True, roots=Roots([tmp_path]), beforehand=True
+    )
+    off = [entry("off"), entry("seated", init_placements=[seat(0)])]
+    promised = [entry("a", slo={"ttft_ms": 100}), entry("b", path="other")]
+    write([*promised, *off])
+    assert [model.name for model in filing.to_prepare(filing.read_again()[1])] == ["b", "off"]
+    filing.beforehand = False
+    assert not filing.to_prepare(filing.read_again()[1])
+
+
 class TestAnEntryByRequest:
     @pytest.fixture
     def faults_of(self, tmp_path: Path, make_model: MakeModel) -> Callable[..., str]:

@@ -27,8 +27,11 @@ def test_models_that_are_off_get_their_images_while_the_others_serve(tmp_path: P
         until(lambda: served.address[1], "the server to be ready", START_S)
         assert served.complete("llama")[0] == 200
         until(lambda: len(list(images.glob("*.image"))) == 2, "both images", START_S)
+        make(MODELS["gemma2"], tmp_path / "late", seed=0)
+        assert served.ask("POST", "/models", {"model_name": "late", "model_path": "late"})[0] == 200
+        until(lambda: len(list(images.glob("*.image"))) == 3, "the image of a model that was registered later", START_S)
         assert "could not prepare" not in (served.log_dir / "agent-local.log").read_text()
-    assert not list(images.glob("*.part")) and len(list(images.glob("*.image"))) == 2
+    assert not list(images.glob("*.part")) and len(list(images.glob("*.image"))) == 3
 
 
 def test_a_servers_own_folder_in_shared_memory_goes_with_it(tmp_path: Path) -> None:

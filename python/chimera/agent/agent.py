@@ -201,6 +201,11 @@ class Agent:
                 self._set_memory_timer()
             case actions.Resize():
                 pass  # its pool is of the size that it came up with
+            case stream.Prepare(model=model) if model.tp_size == 1:
+                self._to_prepare.append(model)
+                self._prepare_next()
+            case stream.Prepare():
+                pass  # a gang's images are built by its ranks
             case stream.Flush():
                 for ready in self.scheduler.living():
                     if ready.replica in message.replicas:

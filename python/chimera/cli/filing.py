@@ -15,6 +15,7 @@ import msgspec
 from chimera.config.change import Change, change
 from chimera.config.deployment import ENTRY, Deployment, deployment_of_entry, load_placement
 from chimera.config.roots import Roots
+from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement
 from chimera.errors import ConfigError
 
@@ -29,6 +30,8 @@ class Filing:
     roots: Roots
     flags: frozenset[str] = frozenset()
     """Of `policy`, `local` and `filed_gpus`: what a flag, or the machine, has settled, whatever the file says."""
+    beforehand: bool = False
+    """Models that are off get their images while the others serve."""
 
     def read_again(self) -> tuple[Deployment, Change]:
         """The file as it is now, and its difference from what is in force. ConfigError lists every fault."""
@@ -48,6 +51,15 @@ class Filing:
         gpus = self.in_force.gpus
         one = deployment_of_entry(written, gpus, roots=self.roots, elastic=self.elastic)
         return change(Deployment(models=(), placement=Placement(), gpus=gpus), one)
+
+    def to_prepare(self, change: Change) -> tuple[ModelSpec, ...]:
+        """Those of the change that nobody is to become now, and that are not in force as they are."""
+        if not self.beforehand:
+            return ()
+        seated = {seat.replica.model for seat in change.seats}
+        known = {model.name: model for model in self.in_force.models}
+        off = (model for model in change.models if model.name not in seated)
+        return tuple(model for model in off if model.name not in known or not model.runs_as(known[model.name]))
 
 
 def roots_of(named: Iterable[Path], file: Path | None, deployment: Deployment) -> Roots:

@@ -13,7 +13,7 @@ from chimera.cli.filing import Filing
 from chimera.config.change import Change
 from chimera.errors import ConfigError
 from chimera.msg.events import PlacementChanged, PolicyChosen
-from chimera.msg.stream import EntryFiled, Refiled, ReloadWanted
+from chimera.msg.stream import EntryFiled, Prepare, Refiled, ReloadWanted
 from chimera.wire.link import Link
 
 Order = ReloadWanted | EntryFiled | None
@@ -56,14 +56,14 @@ class Refiling:
             raise ConfigError.single("reload", "whoever started the server keeps no files for it")
         if isinstance(order, EntryFiled):
             change = await asyncio.to_thread(filing.admit, order.entry)
-            self._tell_control(change, "the operator registered it")
+            self._tell_control(filing, change, "the operator registered it")
             return change
         fresh, change = await asyncio.to_thread(filing.read_again)
-        self._tell_control(change, "the placement file has changed")
+        self._tell_control(filing, change, "the placement file has changed")
         filing.in_force = fresh
         return change
 
-    def _tell_control(self, change: Change, reason: str) -> None:
+    def _tell_control(self, filing: Filing, change: Change, reason: str) -> None:
         if not self._control.up:
             raise ConfigError.single("reload", "the server's control process is away", hint="try again in a moment")
         if change.models or change.removed or change.seats or change.unseated:
@@ -78,6 +78,8 @@ class Refiling:
             )
         if change.policy is not None or change.local is not None:
             self._control.send(PolicyChosen(policy=change.policy, local=change.local))
+        for model in filing.to_prepare(change):
+            self._control.send(Prepare(model=model))
 
     def _answer(self, order: Order, *, changes: Sequence[str] = (), faults: Sequence[str] = ()) -> None:
         if order is not None:

@@ -85,15 +85,16 @@ def _service(arguments: argparse.Namespace, deployment: Deployment, shared: imag
         "local": arguments.local is not None,
         "filed_gpus": not virtual or bool(arguments.virtual_gpus) or arguments.num_gpus is not None,
     }
+    asked = workers.Workers(arguments, shares=shared is not None, virtual=virtual, gpus=len(deployment.gpus))
+    asked.tell_what_is_idle(_say)
     filing = Filing(
         in_force=msgspec.structs.replace(deployment, policy=policy, local=local),
         file=file,
         elastic=not arguments.static,
         roots=roots_of(arguments.model_root, file, deployment),
         flags=frozenset(name for name, flagged in settled.items() if flagged),
+        beforehand=asked.beforehand,
     )
-    asked = workers.Workers(arguments, shares=shared is not None, virtual=virtual, gpus=len(deployment.gpus))
-    asked.tell_what_is_idle(_say)
     return Service(
         models=deployment.models,
         wanted=deployment.placement,

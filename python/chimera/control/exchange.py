@@ -372,6 +372,9 @@ class Exchange:
                 log.info("policy=%s local=%s chosen by the placement file", policy, local)
                 self._decide(message)
                 self._note_change()
+            case stream.Prepare() if channel is self._supervisor:
+                for agent in self._agents.values():
+                    agent.send(message)
             case stream.Refiled(front=front) if channel is self._supervisor:
                 self._tell_front(front, message)
             case _:

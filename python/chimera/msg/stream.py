@@ -196,7 +196,10 @@ class Forked(Stream, frozen=True, kw_only=True):
 
 
 class Prepare(Stream, frozen=True, kw_only=True):
-    """Asks an EMPTY worker to do beforehand what makes later activations of the model fast; it stays EMPTY."""
+    """Asks an EMPTY worker to do beforehand what makes later activations of the model fast; it stays EMPTY.
+
+    For a model that comes later, from whoever has started the server, through control, to the agents.
+    """
 
     model: ModelSpec
     gpu_ids: tuple[int, ...] = (0,)
