@@ -48,11 +48,14 @@ ELSEWHERE = {
 }
 """What is not run here, and why."""
 
-SOONER = {"--seconds": "1", "--cases": "2"}
+SOONER = {"--seconds": "1", "--cases": "2", "--days": "1"}
 """What makes the same command end sooner."""
 
 ENDLESS = {"--watch"}
 """What goes on until Ctrl-C."""
+
+TOO_BUSY = "This machine cannot make that load beside what else it does."
+"""With which `chimera bench` ends where what it measured says nothing."""
 
 
 def lines(block: str) -> list[str]:
@@ -115,6 +118,7 @@ def folder(models: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         {
             "model_name": name,
             "model_path": f"models/{name}",
+            "slo": {"ttft_ms": 200, "tpot_ms": 20},
             "init_placements": [{"gpu_ids": [0], "max_memory_pool_size": 0.05}],
         }
         for name in ("llama", "qwen3")
@@ -123,6 +127,7 @@ def folder(models: Path, hub: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     rows = [f"{second},{model},16,4" for second in range(5) for model in ("llama-3.2-1b", "llama-3.1-8b")]
     (tmp_path / "trace.csv").write_text("\n".join(["timestamp,model,prompt_tokens,output_tokens", *rows]) + "\n")
     (tmp_path / "keys.jsonl").write_text(json.dumps({"name": "alice", "hash": hash_of("a key")}) + "\n")
+    shutil.copy(ROOT / "python" / "chimera" / "config" / "costs" / "h100-80g-like.json", tmp_path / "my-machine.json")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("HF_HUB_CACHE", str(hub))
@@ -168,7 +173,7 @@ def run(line: str, beside: Callable[[], House]) -> None:
             assert process.stdout.readline()
             process.send_signal(signal.SIGINT)
         said, _ = process.communicate(timeout=WITHIN_S)
-        assert process.returncode == 0, f"{line}\n{said}"
+        assert process.returncode == 0 or TOO_BUSY in said, f"{line}\n{said}"
 
 
 def told_flags(words: list[str]) -> set[str]:
