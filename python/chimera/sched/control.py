@@ -113,8 +113,9 @@ class ControlScheduler:
         actions = list(self._decide(event, now))
         self._plan.stays.note(now, self._dispatcher.waiting_for)
         self._plan.note_stir(now)
-        actions += self._plan.review(self.snapshot, now)
-        self._plan.note_stir(now)
+        if self._plan.is_due(now):
+            actions += self._plan.review(self.snapshot, now)
+            self._plan.note_stir(now)
         wake = self._next_wake()
         return actions if wake is None else [*actions, wake]
 

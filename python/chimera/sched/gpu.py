@@ -356,6 +356,9 @@ class GpuScheduler:
 
     def _admit_all(self, now: float) -> list[Action]:
         """Everyone whose turn it is, whoever makes way for others, and whoever has stood still for long enough."""
+        if not self._waiting and all(tenant.standing_until_s is None for tenant in self._tenants.values()):
+            self._turns.wake_s = None
+            return []
         done: list[Action] = [self._resume(tenant, "its time to stand still is over") for tenant in self._turns.go_on(now)]
         if self._waiting:
             done += [action for tenant in self.tenants() if len(tenant.queue) for action in self._turn_away(tenant, now)]

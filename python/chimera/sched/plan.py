@@ -100,10 +100,11 @@ class Plan:
         pause_s = -math.inf if reviewed_s is None else reviewed_s + SOON_S
         self.review_s = None if soonest is None else max(soonest, pause_s)
 
+    def is_due(self, now: float) -> bool:
+        return self.review_s is not None and self.review_s <= now
+
     def review(self, snapshot: SnapshotOf, now: float) -> Iterator[Action]:
-        """Asks the policy, if it is time, and makes what it wants what is wanted."""
-        if self.review_s is None or self.review_s > now:
-            return
+        """Asks the policy, and makes what it wants what is wanted."""
         number = min(self.reviews, key=lambda number: (self.reviews[number], number))
         del self.reviews[number]
         self.revive(self.reviews, now)
