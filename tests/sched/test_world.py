@@ -7,6 +7,7 @@ from chimera.core.model import Slo
 from chimera.core.replica import ReplicaId
 from chimera.core.snapshot import LOCAL_NAMES
 from chimera.msg.events import GpuSampled, ModelRegistered, ModelRemoved, Outcome, PolicyChosen, StepsTimed
+from chimera.sched import cells
 from chimera.sched.log import replay
 from chimera.sched.policies import POLICIES
 from chimera.units import GIB
@@ -244,6 +245,13 @@ def test_every_request_ends_exactly_once_whatever_happens() -> None:
 
 
 def test_every_request_ends_exactly_once_while_policies_move_models() -> None:
+    run(examples=20, steps=30, machine=MishapsWhileModelsMove)
+
+
+def test_every_request_ends_exactly_once_while_models_move_between_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the two agents is a cell."""
+    monkeypatch.setattr(cells, "TOGETHER", 1)
+    monkeypatch.setattr(cells, "CELL_GPUS", 2)
     run(examples=20, steps=30, machine=MishapsWhileModelsMove)
 
 
