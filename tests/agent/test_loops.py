@@ -178,6 +178,20 @@ async def test_control_dies_and_streams_go_on_and_models_are_learnt_again(parent
         assert made.workers() == pids, "no worker was started for what lives"
 
 
+async def test_what_was_loaded_by_hand_outlives_control(parent_socket: Path) -> None:
+    async with system(parent_socket, [model("a"), model("b")], wanted=[on_gpu("a")]) as (made, front):
+        await made.until(events.ReplicaReady)
+        front.send(events.LoadWanted(replica=on_gpu("b").replica, front=front.name, order="o"))
+        await made.until(events.ReplicaReady)
+        pids = made.workers()
+        await made.control.stop()
+        await made.start_control()
+        await made.until(events.ReplicaReady, 2)
+        await front.meet_control()
+        assert (await end_of(front.ask("r", of="b"))).outcome is Outcome.LENGTH
+        assert made.workers() == pids
+
+
 async def test_a_cancel_reaches_a_request_that_an_earlier_control_routed(parent_socket: Path) -> None:
     async with system(parent_socket, [model("a", step_s=0.002, max_running=1)]) as (made, front):
         old = front.ask("old", of="a", tokens=1_000_000)

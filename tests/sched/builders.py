@@ -74,6 +74,7 @@ def joined(
     earlier: Sequence[int] = (),
     requests: Sequence[str] = (),
     elastic: bool = True,
+    standing: Sequence[Seat] = (),
 ) -> AgentJoined:
     return AgentJoined(
         agent=agent,
@@ -82,6 +83,7 @@ def joined(
         earlier=tuple(earlier),
         requests=tuple(requests),
         elastic=elastic,
+        standing=tuple(standing),
     )
 
 

@@ -449,3 +449,28 @@ def test_a_route_says_whom_it_is_for(serving: Watched) -> None:
     route = only(Route, serving.on(arrived("x")))
     assert serving.scheduler.agent_of(route) == "local"
     assert route.reason == "0 requests before it on a/0, which takes 2 at a time"
+
+
+def test_a_control_that_begins_keeps_what_an_earlier_one_had_put_where_no_file_names_it() -> None:
+    control = Watched(placement(seat("filed"), seat("moved", 0)))
+    for name in ("filed", "moved", "loaded"):
+        control.on(ModelRegistered(model=model(name)))
+    standing = (seat("filed"), seat("moved", 1), seat("loaded", 1), seat("removed", 1))
+    control.on(joined(gpus=(0, 1), standing=standing))
+    for number, one in enumerate(standing[:-1], 1):
+        assert not of(Deactivate, control.on(ready(one.replica.model, Epoch(100, number))))
+    assert {(one.replica.model, one.gpu_ids) for one in control.scheduler.fleet.wanted.seats} == {
+        ("filed", (0,)),
+        ("moved", (1,)),
+        ("loaded", (1,)),
+    }
+    (gone,) = of(Deactivate, control.on(ready("removed", Epoch(100, 4))))
+    assert gone.replica == ReplicaId("removed")
+
+
+def test_a_control_that_has_met_the_agent_before_goes_by_its_own_word(serving: Watched) -> None:
+    serving.on(AgentLost(agent="local", reason="away"))
+    serving.on(PlacementChanged(unseated=(ReplicaId("a"),), reason="the operator"))
+    serving.on(joined(standing=[seat("a")]))
+    (gone,) = of(Deactivate, serving.on(ready("a", E1)))
+    assert gone.replica == ReplicaId("a")

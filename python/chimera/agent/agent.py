@@ -174,7 +174,10 @@ class Agent:
         self._control.send(stream.Hello(role="agent", name=self.name, pid=os.getpid()))
         ended, self._ended_meanwhile = self._ended_meanwhile, []
         requests = (*self._held, *(event.request_id for event in ended))
-        self._control.send(msgspec.structs.replace(self._joined, earlier=tuple(self._earlier), requests=requests))
+        standing = self.scheduler.standing()
+        self._control.send(
+            msgspec.structs.replace(self._joined, earlier=tuple(self._earlier), requests=requests, standing=standing)
+        )
         for ready in self.scheduler.living():
             self._control.send(ready)
         for event in ended:

@@ -78,6 +78,8 @@ class AgentJoined(Event, frozen=True, kw_only=True):
     """Starts of its earlier lives, whose workers it goes on with."""
     requests: tuple[str, ...] = ()
     """What it has, waiting or running; whatever else it was given is lost."""
+    standing: tuple[Seat, ...] = ()
+    """Where its replicas are that serve."""
     elastic: bool = True
     """A limit on KV memory can change while a replica serves."""
 

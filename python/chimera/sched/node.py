@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import msgspec
 
+from chimera.core.placement import Seat
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
 from chimera.errors import ProtocolError
@@ -147,6 +148,10 @@ class NodeScheduler:
         """What the agent says after `AgentJoined` when it meets control again: each replica that serves."""
         serving = (t.ready for t in self.tenants() if t.state is ReplicaState.SERVING)
         return [ready for ready in serving if ready is not None]
+
+    def standing(self) -> tuple[Seat, ...]:
+        """Where they are."""
+        return tuple(t.seat for t in self.tenants() if t.state is ReplicaState.SERVING)
 
     def _home(self, replica: ReplicaId) -> GpuScheduler | None:
         known = self._homes.get(replica)

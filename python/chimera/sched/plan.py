@@ -7,7 +7,7 @@ An order of the operator's holds until the policy decides anew, which goes on fr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from msgspec.structs import replace
 
@@ -235,11 +235,27 @@ class Plan:
     # The operator's word.
 
     def agent_joined(self, event: AgentJoined, now: float) -> Iterator[Action]:
+        if event.agent not in self._fleet.agents:
+            yield from self._adopt(event.standing, now)
         yield from self._lives.agent_joined(event, now)
         divided = self.cells.divided
         self.cells.joined(event.agent)
         if self.cells.divided != divided:
             self._fleet.stirred_agents.update(self._fleet.agents)
+
+    def _adopt(self, standing: Sequence[Seat], now: float) -> Iterator[Action]:
+        """What stands where this control has never been was wanted there by an earlier one, its operator's word included."""
+        fleet = self._fleet
+        filed = {seat.replica: seat for seat in fleet.wanted.seats}
+        found = {
+            seat.replica: seat
+            for seat in standing
+            if seat.replica.model in fleet.models and (seat.replica not in filed or filed[seat.replica].gpu_ids != seat.gpu_ids)
+        }
+        if found:
+            others = (seat for seat in fleet.wanted.seats if seat.replica not in found)
+            reasons = dict.fromkeys(found, "it stood there when control began")
+            yield from self._want(Decision(placement=Placement((*others, *found.values())), reasons=reasons), now)
 
     def sampled(self, gpu_id: int) -> None:
         """A GPU has been looked at: what is free there may be more or less than before."""
