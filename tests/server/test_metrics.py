@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import shutil
 import subprocess
+import time
 
 import msgspec
 import pytest
@@ -17,6 +19,7 @@ from chimera.core.record import RequestRecord
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.snapshot import ReplicaView, Snapshot
 from chimera.server import metrics
+from chimera.server.answer import new_request_id
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.server.conftest import Stage
@@ -157,6 +160,17 @@ async def test_a_front_end_tells_how_each_request_went(stage: Stage) -> None:
     assert (told_.model, told_.outcome, told_.output_tokens, told_.prompt_tokens) == ("m", "length", 5, 3)
     assert told_.arrived_s <= (told_.first_token_s or 0) <= told_.ended_s
     assert (told_.prompt, told_.answer) == ("", "")
+
+
+def test_names_of_requests_are_in_order_of_time_and_no_two_alike() -> None:
+    """The records' index grows at its end then; at random places a commit wrote hundreds of pages."""
+    began = f"{time.time_ns() // 1_000_000:012x}"
+    names = [new_request_id() for _ in range(1000)]
+    ended = f"{time.time_ns() // 1_000_000:012x}"
+    moments = [name[:12] for name in names]
+    assert began <= moments[0] and moments == sorted(moments) and moments[-1] <= ended
+    assert len({name[12:] for name in names}) == 1000
+    assert all(re.fullmatch("[0-9a-f]{32}", name) for name in names)
 
 
 async def test_a_clients_own_name_for_its_request_comes_back(stage: Stage) -> None:

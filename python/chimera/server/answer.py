@@ -5,6 +5,7 @@ Keeps every token it has taken, so that its request can go on elsewhere with the
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -59,6 +60,11 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
     embeds: bool = False
     """The answer is the prompt's embedding."""
+
+
+def new_request_id() -> str:
+    """The millisecond, and chance behind it: the records' index grows at its end, and a commit touches few pages of it."""
+    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(10)}"
 
 
 class Answer:

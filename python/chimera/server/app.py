@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from chimera.msg.stream import Grammar, Sampling, StandingWanted
 from chimera.parsing.tokenizer import ModelTokenizer
 from chimera.server import embeddings, intake, openapi
 from chimera.server.account import Account, Caller, client_id
-from chimera.server.answer import Answer, Terms
+from chimera.server.answer import Answer, Terms, new_request_id
 from chimera.server.anthropic import CountRequest, MessagesRequest
 from chimera.server.anthropic_told import AnthropicMessage, MessageEvent, TokenCount
 from chimera.server.blinds import seen
@@ -264,7 +263,7 @@ class App:
         prompts = await _aside(len(body), partial(wish.prompts, tokenizer))
         hearing = await self._catalogue.hearing(spec, wish, tokenizer, prompts[0])
         terms = intake.terms(spec, wish, prompts, tokenizer, _form(wish, hearing))
-        request_id = uuid.uuid4().hex
+        request_id = new_request_id()
         dialect = wish.dialect(request_id, tokenizer, hearing)
         reader = EventStream(dialect, len(terms)) if wish.stream else WholeBody(dialect, len(terms))
         special = hearing is not None and hearing.needs_special_tokens
@@ -314,7 +313,7 @@ class App:
         tokenizer = await self._catalogue.tokenizer(spec)
         prompts = await _aside(len(body), partial(request.prompts, tokenizer))
         terms = embeddings.terms(spec, request, prompts)
-        request_id = uuid.uuid4().hex
+        request_id = new_request_id()
         reader = WholeBody(request.dialect(request_id), len(terms))
         answers = [
             Answer(
@@ -414,7 +413,7 @@ class App:
         token = FirstToken()
         prompt_ids = tokenizer.encode("a")
         answer = Answer(
-            request_id=uuid.uuid4().hex,
+            request_id=new_request_id(),
             model=spec.name,
             prompt_ids=prompt_ids,
             terms=Terms(sampling=Sampling(max_new_tokens=1, temperature=0.0)),

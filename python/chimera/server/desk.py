@@ -132,7 +132,7 @@ class Desk:
             find = self._open.get
             count = None if self._count is None else self._count(message.replica.model)
             now = time.monotonic()
-            before_s, alike = 0.0, 0  # most of a step's requests had their last token in one step as well
+            before_s, alike, made = 0.0, 0, 0  # most of a step's requests had their last token in one step as well
             for delta in message.deltas:
                 answer = find(delta.request_id)
                 if answer is None:
@@ -142,7 +142,8 @@ class Desk:
                         continue
                     answer.source = worker
                 if count is not None:
-                    newest_s = answer.newest_token_s
+                    made += len(delta.token_ids)
+                    newest_s, answer.newest_token_s = answer.newest_token_s, now
                     if newest_s == before_s:
                         alike += 1
                     elif newest_s is None:
@@ -151,15 +152,15 @@ class Desk:
                         if alike:
                             count.gaps.see(now - before_s, GAP_S, alike)
                         before_s, alike = newest_s, 1
-                    answer.newest_token_s = now
-                    count.tokens += len(delta.token_ids)
                 if delta.outcome is not None:
                     self._end(answer, delta, delta.outcome)
                 elif answer.take(delta):  # a stop string, of which the engine knows nothing
                     self._remove(answer)
                     self._cancel(answer)
-            if count is not None and alike:
-                count.gaps.see(now - before_s, GAP_S, alike)
+            if count is not None:
+                count.tokens += made
+                if alike:
+                    count.gaps.see(now - before_s, GAP_S, alike)
         elif isinstance(message, Failed):
             answer = self._open.get(message.request_id)
             if answer is None or answer.source not in (None, worker):

@@ -70,7 +70,7 @@ function item(entry, places) {
 
 /** One line of the log, here and in the drawer. */
 export function happening({ at_s, what, kind, subject, mark, gpus, code, why, took, cost, alternatives }) {
-  const tail = [gpus.length ? `GPU ${gpus.join(",")}` : "", code ? printable(code) : "", took ? seconds(took) : "", cost ?? ""];
+  const tail = [gpus.length ? `GPU\u00a0${gpus.join(",")}` : "", code ? printable(code) : "", took ? seconds(took) : "", cost ?? ""];
   return h(
     "div",
     { className: "happening" },

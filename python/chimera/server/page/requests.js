@@ -53,7 +53,7 @@ function list(lines) {
 const word = (line) => (ANSWERED.includes(line.outcome) ? (line.kept ? "in time" : "late") : printable(line.outcome.replaceAll("_", " ")));
 
 export async function openRequest(name) {
-  openDrawer(`Request ${printable(name).slice(0, 12)}`, "request", [h("p", { className: "empty" }, "…")]);
+  openDrawer(`Request ${printable(name).slice(-12)}`, "request", [h("p", { className: "empty" }, "…")]);
   try {
     fillDrawer(...story(await read(`/explain?request=${encodeURIComponent(name)}`)));
   } catch (fault) {
