@@ -7,7 +7,8 @@ TOOLS   := .venv/.tools
 PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 # Where pip finds a CPU build of torch, if not by itself: make TORCH_INDEX=URL ... (install.md says which)
 TORCH_INDEX ?=
-FILE    ?= model_configs/cpu_1_gpu_3_model.json
+ANSWERS := model_configs/cpu_1_gpu_3_model.json
+FILE    ?= $(ANSWERS)
 MODELS  := .models
 
 .PHONY: serve test test-all bench models test-sglang-matrix install help clean
@@ -15,7 +16,7 @@ MODELS  := .models
 help:                ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
-serve: $(READY)      ## start the server on FILE (default: three small models that answer, no GPU needed)
+serve: $(READY) $(if $(filter-out $(ANSWERS),$(filter model_configs/cpu_%,$(FILE))),$(MODELS)/.made) ## start the server on FILE (default: three small models that answer, no GPU needed)
 	@$(BIN)/chimera serve $(FILE)
 
 test: $(TOOLS)       ## linter, types and quick tests

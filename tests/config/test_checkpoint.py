@@ -83,6 +83,12 @@ def test_what_can_be_neither_folder_nor_hub_id_is_refused(name: str, tmp_path: P
         locate(name, [tmp_path])
 
 
+def test_a_file_that_is_no_model_is_not_looked_for_on_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("words")
+    with pytest.raises(ConfigError, match="is a file"):
+        locate("README.md", [tmp_path])
+
+
 def test_a_model_in_the_hubs_cache_is_found_once_it_is_complete(
     make_model: MakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +202,22 @@ def test_a_placement_file_brings_its_hub_models_with_it(hub: str, tmp_path: Path
     (model,) = deployment.load_placement(path, None).models
     assert Path(model.path, "model.safetensors").read_bytes() == b"weights"
     assert model.tokenizer_path == model.path
+
+
+def test_for_paper_a_hub_model_comes_without_its_weights_and_later_with_them(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(deployment, "download", functools.partial(download, endpoint=hub, cache=cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    path = tmp_path / "placement.json"
+    path.write_text(json.dumps([{"model_name": "a", "model_path": "org/llama"}]))
+    (model,) = deployment.load_placement(path, None, weights=False).models
+    assert not Path(model.path, "model.safetensors").exists()
+    ((split,),) = deployment.load_splits(path, (1,))
+    assert split.weight_bytes == model.weight_bytes and not Path(split.path, "model.safetensors").exists()
+    (model,) = deployment.load_placement(path, None).models
+    assert Path(model.path, "model.safetensors").read_bytes() == b"weights"
 
 
 def test_models_that_cannot_be_downloaded_are_all_named(hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

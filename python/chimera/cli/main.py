@@ -10,7 +10,8 @@ from types import ModuleType
 
 import chimera
 from chimera.cli import examples
-from chimera.errors import ChimeraError
+from chimera.config.faults import nearest
+from chimera.errors import ChimeraError, ConfigError
 
 # verb: what it does. Each is a module of this room with `configure(parser)` and `run(arguments) -> exit status`.
 VERBS = {
@@ -76,6 +77,10 @@ def make_parser(complete: Container[str] = VERBS) -> argparse.ArgumentParser:
 
 def _run(words: list[str]) -> int:
     chosen = next((word for word in words if not word.startswith("-")), "")
+    if chosen and chosen not in VERBS:
+        raise ConfigError.single(
+            "chimera", f"there is no verb {chosen!r}", hint=nearest(chosen, VERBS) or "`chimera --help` lists them"
+        )
     arguments = make_parser({chosen}).parse_args(words)
     status: int = _module(arguments.verb).run(arguments)
     return status

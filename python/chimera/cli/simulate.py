@@ -210,5 +210,5 @@ def _models(path: Path, gpus: Sequence[Gpu]) -> tuple[tuple[ModelSpec, ...], Pla
     """The models, and where the file wants them, if it says so."""
     if is_on_paper(path):
         return read_paper_models(path), None
-    deployment = load_placement(path, gpus)
+    deployment = load_placement(path, gpus, weights=False)
     return deployment.models, deployment.placement if deployment.placement.seats else None

@@ -25,6 +25,7 @@ REACH_HUB_S = 5.0
 LARGEST_INDEX_BYTES = 64 * MIB
 _HUB_ID = re.compile(r"(?!.*(?:--|\.\.))(?:[A-Za-z0-9_][\w.-]{0,95}/)?[A-Za-z0-9_][\w.-]{0,95}(?<![-.])", re.ASCII)
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
+_WEIGHTS = ["*.safetensors"]
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 # Second copies of the weights in their authors' own formats.
 _UNWANTED = ["original/*", "metal/*", "onnx/*"]
@@ -55,6 +56,11 @@ def locate(name: str, roots: Sequence[Path], *, weights: bool = True) -> Path | 
     """
     written = os.path.expanduser(name)
     for root in roots:
+        if os.path.isfile(os.path.join(root, written)):
+            raise ConfigError.single(
+                "", f"{name!r} is a file, and neither a placement file (.json, .yaml) nor a model's folder"
+            )
+    for root in roots:
         folder = os.path.join(root, written)
         if os.path.isdir(folder):
             return Path(os.path.normpath(folder))
@@ -63,11 +69,11 @@ def locate(name: str, roots: Sequence[Path], *, weights: bool = True) -> Path | 
     return _in_cache(name, weights=weights)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, *, weights: bool = True) -> Checkpoint:
     """ConfigError lists everything that keeps the folder from being loaded. Its tokenizer may lie elsewhere."""
     faults = Faults(str(folder))
     shape, tastes = _shape(folder, faults), _tastes(folder, faults)
-    if missing := _missing_weights(folder):
+    if weights and (missing := _missing_weights(folder)):
         faults.add("", f"{folder.name}: {missing}")
     faults.require_none()
     assert shape is not None, "a shape, or a fault that says why not"
@@ -81,8 +87,11 @@ def missing_tokenizer(folder: Path) -> str:
     return f"no tokenizer ({', '.join(TOKENIZERS)})"
 
 
-def download(hub_id: str, *, endpoint: str | None = None, cache: Path | None = None) -> Path:
-    """Fetches a model into the hub's local cache, with progress on stderr; ConfigError where that cannot be."""
+def download(hub_id: str, *, weights: bool = True, endpoint: str | None = None, cache: Path | None = None) -> Path:
+    """Fetches a model into the hub's local cache, with progress on stderr; ConfigError where that cannot be.
+
+    Without `weights`, what says how large it is and how it reads, which is a thousandth of it.
+    """
     import httpx
     import huggingface_hub
     from huggingface_hub import errors
@@ -96,7 +105,7 @@ def download(hub_id: str, *, endpoint: str | None = None, cache: Path | None = N
             cache_dir=cache,
             etag_timeout=REACH_HUB_S,
             allow_patterns=_WANTED,
-            ignore_patterns=_UNWANTED,
+            ignore_patterns=_UNWANTED if weights else [*_UNWANTED, *_WEIGHTS],
         )
     except errors.GatedRepoError:
         hint = "accept its licence on its page at the hub, then set HF_TOKEN"
@@ -107,7 +116,7 @@ def download(hub_id: str, *, endpoint: str | None = None, cache: Path | None = N
     except (httpx.HTTPError, errors.OfflineModeIsEnabled, errors.EntryNotFoundError, OSError) as reason:
         hint = "fetch it where there is a network (hf download), or give a folder"
         detail = " ".join(str(reason).split())[:200] or type(reason).__name__
-        what = f"{hub_id} is not in the local cache and cannot be downloaded: {detail}"
+        what = f"{hub_id} is no folder, not in the hub's local cache, and cannot be downloaded: {detail}"
         raise ConfigError.single("", what, hint=hint) from None
     return Path(folder)
 

@@ -5,6 +5,7 @@ A survey reads and judges without changing anything; loading may also download. 
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -67,21 +68,27 @@ class Survey(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def load_placement(
-    path: str | Path, gpus: Sequence[Gpu] | None, elastic: bool = True, *, environment: Mapping[str, str] = os.environ
+    path: str | Path,
+    gpus: Sequence[Gpu] | None,
+    elastic: bool = True,
+    *,
+    environment: Mapping[str, str] = os.environ,
+    weights: bool = True,
 ) -> Deployment:
     """A placement file made ready, its models downloaded where that is needed. ConfigError lists every fault.
 
-    `gpus=None` stands for a machine without any: the file's virtual ones, or as many as it names.
+    `gpus=None` stands for a machine without any: the file's virtual ones, or as many as it names. Without `weights` it is ready
+    for paper: what is downloaded is what says how large the models are.
     """
-    return _deployment(_present(path, gpus, elastic, environment, lend=gpus is None))
+    return _deployment(_present(path, gpus, elastic, environment, lend=gpus is None, weights=weights))
 
 
 def load_splits(
     path: str | Path, sizes: Sequence[int], *, environment: Mapping[str, str] = os.environ
 ) -> tuple[tuple[ModelSpec, ...], ...]:
     """Each model of a placement file over each of so many GPUs, as far as its heads divide; where the file wants it to stand
-    is not looked at. Models are downloaded where that is needed."""
-    survey = _present(path, (), True, environment, lend=False)
+    is not looked at. Models are downloaded where that is needed, without their weights."""
+    survey = _present(path, (), True, environment, lend=False, weights=False)
     return tuple(
         tuple(_over(survey, index, entry, size) for size in sizes if survey.checkpoints[index].shape.divides(size))
         for index, entry in enumerate(survey.file.models)
@@ -93,13 +100,18 @@ def _over(survey: Survey, index: int, entry: ModelEntry, tp_size: int) -> ModelS
 
 
 def _present(
-    path: str | Path, gpus: Sequence[Gpu] | None, elastic: bool, environment: Mapping[str, str], *, lend: bool
+    path: str | Path,
+    gpus: Sequence[Gpu] | None,
+    elastic: bool,
+    environment: Mapping[str, str],
+    *,
+    lend: bool,
+    weights: bool,
 ) -> Survey:
     """A survey of models that are all on this machine."""
-    survey = survey_placement(path, gpus, elastic, environment=environment, lend=lend)
-    if not survey.absent:
-        return survey
-    return survey_placement(path, gpus, elastic, environment=environment, lend=lend, fetched=_fetch(survey))
+    seen = functools.partial(survey_placement, path, gpus, elastic, environment=environment, lend=lend, weights=weights)
+    survey = seen()
+    return seen(fetched=_fetch(survey, weights)) if survey.absent else survey
 
 
 def survey_placement(
@@ -110,13 +122,14 @@ def survey_placement(
     environment: Mapping[str, str] = os.environ,
     lend: bool = False,
     fetched: Mapping[str, Path] | None = None,
+    weights: bool = True,
 ) -> Survey:
     """Reads and judges; downloads and starts nothing. ConfigError lists every fault."""
     path = Path(path)
     faults = Faults(str(path))
     file, root = read_placement_file(path, environment, faults)
     gpus = _gpus(file, gpus, lend, faults)
-    search = _Search([path.parent, Path()], fetched or {}, faults)
+    search = _Search([path.parent, Path()], fetched or {}, faults, weights)
     return _judged(str(path), file, root, gpus, search, elastic, faults)
 
 
@@ -203,18 +216,19 @@ def _gpus(file: PlacementFile, given: Sequence[Gpu] | None, lend: bool, faults: 
 class _Search:
     """Finds each model once, however many entries share it."""
 
-    def __init__(self, roots: Sequence[Path], fetched: Mapping[str, Path], faults: Faults) -> None:
+    def __init__(self, roots: Sequence[Path], fetched: Mapping[str, Path], faults: Faults, weights: bool = True) -> None:
         self.checkpoints: dict[int, Checkpoint] = {}
         self.tokenizers: dict[int, Path] = {}
         self.absent: dict[str, list[str]] = {}
         self._roots = roots
         self._fetched = fetched
         self._faults = faults
+        self._weights = weights
         self._folders: dict[tuple[str, bool], Path | ConfigError | None] = {}
         self._read: dict[Path, Checkpoint | ConfigError] = {}
 
     def find(self, index: int, entry: ModelEntry, where: str) -> None:
-        folder = self._folder(entry.model_path, f"{where}.model_path", weights=True)
+        folder = self._folder(entry.model_path, f"{where}.model_path", weights=self._weights)
         if folder is not None:
             checkpoint = self._checkpoint(folder)
             if isinstance(checkpoint, ConfigError):
@@ -250,19 +264,19 @@ class _Search:
     def _checkpoint(self, folder: Path) -> Checkpoint | ConfigError:
         if folder not in self._read:
             try:
-                self._read[folder] = read_checkpoint(folder)
+                self._read[folder] = read_checkpoint(folder, weights=self._weights)
             except ConfigError as error:
                 self._read[folder] = error
         return self._read[folder]
 
 
-def _fetch(survey: Survey) -> dict[str, Path]:
+def _fetch(survey: Survey, weights: bool) -> dict[str, Path]:
     faults = Faults(survey.source)
     fetched = {}
     for hub_id, places in survey.absent.items():
         logger.info("download model=%s", hub_id)
         try:
-            fetched[hub_id] = download(hub_id)
+            fetched[hub_id] = download(hub_id, weights=weights)
         except ConfigError as error:
             faults.adopt(places[0], error)
     faults.require_none()

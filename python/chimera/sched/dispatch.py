@@ -187,7 +187,7 @@ class Dispatcher:
             return _reject(request, RejectCode.MODEL_NOT_FOUND, f"no model is registered as {model}")
         places = fleet.places_of(model)
         if not places and not fleet.policy.on_demand:
-            reason = f"{model} is registered, and the placement gives it no GPU"
+            reason = f"{model} is registered, and the placement gives it no GPU: load it, or choose another policy than static"
             return _reject(request, RejectCode.MODEL_NOT_LOADED, reason)
         if not places and not fleet.could_fit(fleet.models[model]):
             return _reject(request, RejectCode.MODEL_UNAVAILABLE, f"{model} fits on none of the GPUs that are here")
