@@ -45,7 +45,7 @@ WINDOWS = (("arena_prism18", 0.0), ("azure2023_conv_first30min", 0.0))
 LONGEST = 600
 """Tokens of a request's prompt and answer together, at the most."""
 MEAN_PROMPT = 150
-PIECES = 4
+PIECES = 6
 """Of each trace; calibrated once more than that."""
 SCALE = 2.5
 """Promises: so many times what a request takes alone."""
@@ -81,9 +81,10 @@ async def _compare(url: str, arguments: argparse.Namespace) -> int:
     await Calibration(snapshot.models, answered, LONGEST).ask(draw)
     figures = report.Figures("the simulator against the real system", seed=arguments.seed)
     for name, from_s in WINDOWS:
-        costs = Calibration(snapshot.models, answered, LONGEST)
-        await costs.ask(draw)
         trace = read_trace(arguments.traces / f"{name}.csv.gz").cut(from_s, from_s + arguments.seconds)
+        asked = set(names_for(trace, sorted(model.name for model in snapshot.models)).values())
+        costs = Calibration([model for model in snapshot.models if model.name in asked], answered, LONGEST)
+        await costs.ask(draw)
         models, trace = _scaled(snapshot.models, trace, costs.table(), arguments)
         pieces = [trace.cut(*ends) for ends in pairwise(arguments.seconds / PIECES * n for n in range(PIECES + 1))]
         seen: list[Story] = []
