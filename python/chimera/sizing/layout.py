@@ -146,6 +146,8 @@ class _Paper:
             self._busy[gpu_id] += busy
         self.seats.append(Seat(replica=ReplicaId(model.name, index), gpu_ids=chosen))
 
-    def _filled(self, gpu_id: int, more_bytes: int, more_busy: float) -> float:
-        held = self._capacity - self.free[gpu_id] + more_bytes
-        return max(held / self._capacity, self._busy[gpu_id] + more_busy)
+    def _filled(self, gpu_id: int, more_bytes: int, more_busy: float) -> tuple[float, float]:
+        """The larger share, and the other, which decides between equals."""
+        held = (self._capacity - self.free[gpu_id] + more_bytes) / self._capacity
+        busy = self._busy[gpu_id] + more_busy
+        return max(held, busy), min(held, busy)
