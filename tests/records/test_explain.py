@@ -116,6 +116,22 @@ def test_what_the_policy_weighed_is_there_and_what_it_chose_is_marked(told: Told
         assert all(other.what and other.unit for other in one.alternatives)
 
 
+def test_a_move_is_told_as_one_at_both_its_ends(told: Told) -> None:
+    """As the other lines have it: another replica of the model stood while this one came, or went."""
+    standing: dict[str, str] = {}
+    moved: Counter[str] = Counter()
+    for one in told.all:
+        if one.what in ("activate", "deactivate"):
+            another = any(model == one.model and replica != one.replica for replica, model in standing.items())
+            assert one.move is another, one
+            moved[one.what] += another
+        if one.what == "activate":
+            standing[one.replica] = one.model
+        elif one.what in ("stopped", "failed", "lost"):
+            standing.pop(one.replica, None)
+    assert moved["activate"] > 2 and moved["deactivate"] > 2
+
+
 def test_every_rejected_request_is_explained_by_its_name(told: Told) -> None:
     refused = [story for story in told.stories if story.refusal not in ("", "open")]
     assert refused
