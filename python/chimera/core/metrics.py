@@ -113,8 +113,10 @@ class Tally:
 
     def add(self, story: Story) -> None:
         self.sent += 1
-        self.first_s = min(self.first_s, story.sent_s)
-        self.last_s = max(self.last_s, story.sent_s)
+        if story.sent_s < self.first_s:
+            self.first_s = story.sent_s
+        if story.sent_s > self.last_s:
+            self.last_s = story.sent_s
         if story.last_token_s is None:
             word = story.refusal or "open"
             self.refusals[word] = self.refusals.get(word, 0) + 1

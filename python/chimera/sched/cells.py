@@ -70,6 +70,16 @@ class Cells:
         """`None` where no agent has its GPUs."""
         return self._of_gpu.get(seat.gpu_ids[0])
 
+    def astray(self, number: int) -> dict[str, list[Seat]]:
+        """The models at home there that are wanted elsewhere too, with where."""
+        of_gpu, wanted_of = self._of_gpu, self._fleet.wanted_of
+        found: dict[str, list[Seat]] = {}
+        for model in self._models[number]:
+            for seat in wanted_of(model):
+                if of_gpu.get(seat.gpu_ids[0], number) != number:
+                    found.setdefault(model, []).append(seat)
+        return found
+
     def models_of(self, number: int) -> list[str]:
         return list(self._models[number])
 

@@ -11,7 +11,6 @@ an agent's `Reject` and `Requeue` go through `on`, and what comes back goes to t
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
 
 import msgspec
 
@@ -183,8 +182,8 @@ class ControlScheduler:
 
     def _next_wake(self) -> WakeAt | None:
         soonest = self._plan.review_s
-        for due_s in chain(self._lives.due_s(), self._dispatcher.due_s(), self._plan.stays.due_s()):
-            if soonest is None or due_s < soonest:
+        for due_s in (self._lives.due_s(), self._dispatcher.due_s(), self._plan.stays.due_s()):
+            if due_s is not None and (soonest is None or due_s < soonest):
                 soonest = due_s
         if soonest is None or (self._wake_s is not None and self._wake_s <= soonest):
             return None  # To be woken too early costs nothing.

@@ -315,12 +315,12 @@ class Dispatcher:
             assert refusal is not None
             yield refusal
 
-    def due_s(self) -> Iterator[float]:
+    def due_s(self) -> float | None:
         """When something has to be said to those that wait."""
-        if self._held:
-            yield next(iter(self._held.values())).since_s + self._fleet.limits.hold_s
-        if self._strict:
-            yield min(self._strict.values())
+        if not self._held:
+            return None
+        longest_s = next(iter(self._held.values())).since_s + self._fleet.limits.hold_s
+        return min(longest_s, *self._strict.values()) if self._strict else longest_s
 
     def end_waiting(self, now: float) -> Iterator[Action]:
         """For those whose time is up."""

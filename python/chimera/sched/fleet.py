@@ -208,8 +208,8 @@ class Fleet:
         else:
             self._awaited[agent.name] = agent
 
-    def awaited(self) -> list[Agent]:
-        return list(self._awaited.values())
+    def awaited(self) -> Sequence[Agent]:
+        return tuple(self._awaited.values())
 
     def holder(self, gpu_id: int) -> Agent | None:
         """The agent that has the GPU, here or away."""

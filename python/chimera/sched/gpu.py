@@ -87,7 +87,7 @@ class GpuScheduler:
         self.gpu_id = gpu_id
         self._mint = mint
         self._tenants: dict[ReplicaId, Tenant] = {}
-        self._turns = Turns(self._tenants, local, costs)
+        self.turns = Turns(self._tenants, local, costs)
         self._waiting = 0
         """Requests in the queues of all tenants."""
         self._where: dict[str, ReplicaId] = {}
@@ -118,10 +118,10 @@ class GpuScheduler:
             case WorkerLost():
                 return self._worker_lost(event)
             case RoomChanged():
-                self._turns.room_told(event.kv_bytes)
-                return self._admit_all(now) if self._turns.paced else []
+                self.turns.room_told(event.kv_bytes)
+                return self._admit_all(now) if self.turns.paced else []
             case Woke():
-                return self._admit_all(now) if self._turns.paced else []
+                return self._admit_all(now) if self.turns.paced else []
             case _:
                 return []
 
@@ -139,38 +139,38 @@ class GpuScheduler:
     @property
     def wake_s(self) -> float | None:
         """When some engine should be through its prompts and can be given more; `None` if no request waits for that."""
-        return self._turns.wake_s
+        return self.turns.wake_s
 
     def order_by(self, local: str, costs: CostTable | None, now: float) -> list[Action]:
         """Requests go by another order, or by other costs, from now on."""
         done: list[Action] = []
-        if local != self._turns.local:
-            done = [self._resume(tenant, "nobody has to wait for it any more") for tenant in self._turns.go_on(math.inf)]
-            self._turns.wake_s = None
+        if local != self.turns.local:
+            done = [self._resume(tenant, "nobody has to wait for it any more") for tenant in self.turns.go_on(math.inf)]
+            self.turns.wake_s = None
             for tenant in self.tenants():
                 tenant.order_by(local, costs)
-        self._turns.local, self._turns.costs = local, costs
+        self.turns.local, self.turns.costs = local, costs
         for tenant in self.tenants():
             done += self._admit(tenant, now)
         return done
 
     def slowdown(self, replica: ReplicaId) -> float:
         """What the neighbours of a replica account for at the moment."""
-        return self._turns.slowdown(self._tenants[replica])
+        return self.turns.slowdown(self._tenants[replica])
 
     def reprice(self, model: str, costs: CostTable) -> None:
         """What work costs is known better; those who wait for the model are measured anew."""
-        self._turns.costs = costs
+        self.turns.costs = costs
         for tenant in self.tenants():
             if tenant.replica.model == model:
-                tenant.order_by(self._turns.local, costs)
+                tenant.order_by(self.turns.local, costs)
 
     # Replicas.
 
     def _activate(self, order: Activate) -> list[Action]:
         tenant = self._tenants.get(order.seat.replica)
         if tenant is None:
-            tenant = Tenant(order.model, order.seat, self._mint.next(), self._turns.local, self._turns.costs)
+            tenant = Tenant(order.model, order.seat, self._mint.next(), self.turns.local, self.turns.costs)
             self._tenants[tenant.replica] = tenant
         elif tenant.state is ReplicaState.STOPPED:
             tenant.seat, tenant.epoch, tenant.state = order.seat, self._mint.next(), ReplicaState.LOADING
@@ -217,12 +217,12 @@ class GpuScheduler:
         if tenant is None or tenant.state is not ReplicaState.LOADING:
             return []
         tenant.state, tenant.ready, tenant.load_s = ReplicaState.SERVING, event, event.load_s
-        self._turns.came_up(tenant, event.kv_tokens)
+        self.turns.came_up(tenant, event.kv_tokens)
         return self._admit(tenant, now)
 
     def _found(self, event: ReplicaFound, now: float) -> list[Action]:
         """It goes on with what it runs; what waited for it was lost with the agent."""
-        tenant = Tenant(event.model, event.seat, event.ready.epoch, self._turns.local, self._turns.costs)
+        tenant = Tenant(event.model, event.seat, event.ready.epoch, self.turns.local, self.turns.costs)
         tenant.state = ReplicaState.DRAINING if event.leaving else ReplicaState.SERVING
         tenant.ready, tenant.load_s = event.ready, event.ready.load_s
         for request in event.running:
@@ -239,7 +239,7 @@ class GpuScheduler:
         left = [_requeue(request, reason) for request in self._clear_engine(tenant)]
         waiting = self._requeue_waiting(tenant, reason)
         del self._tenants[tenant.replica]
-        self._turns.left(tenant)
+        self.turns.left(tenant)
         return [*left, *waiting]
 
     def _not_activated(self, event: ActivationFailed) -> list[Action]:
@@ -347,7 +347,7 @@ class GpuScheduler:
 
     def _admit(self, tenant: Tenant, now: float) -> list[Action]:
         """Fills the free credits from the queues, as far as the engines can use them."""
-        if self._turns.paced:
+        if self.turns.paced:
             return self._admit_all(now)
         admitted: list[Action] = []
         while tenant.free_credits > 0 and len(tenant.queue):
@@ -357,27 +357,27 @@ class GpuScheduler:
     def _admit_all(self, now: float) -> list[Action]:
         """Everyone whose turn it is, whoever makes way for others, and whoever has stood still for long enough."""
         if not self._waiting and all(tenant.standing_until_s is None for tenant in self._tenants.values()):
-            self._turns.wake_s = None
+            self.turns.wake_s = None
             return []
-        done: list[Action] = [self._resume(tenant, "its time to stand still is over") for tenant in self._turns.go_on(now)]
+        done: list[Action] = [self._resume(tenant, "its time to stand still is over") for tenant in self.turns.go_on(now)]
         if self._waiting:
             done += [action for tenant in self.tenants() if len(tenant.queue) for action in self._turn_away(tenant, now)]
-        while self._waiting and (tenant := self._turns.next(now)) is not None:
+        while self._waiting and (tenant := self.turns.next(now)) is not None:
             done += self._give_its_turn(tenant, now)
         if not self._waiting:
-            self._turns.wake_s = None
-        elif (way := self._turns.make_way(now)) is not None:
+            self.turns.wake_s = None
+        elif (way := self.turns.make_way(now)) is not None:
             done.append(self._preempt(*way))
-        self._turns.note_standing()
+        self.turns.note_standing()
         return done
 
     def _give_its_turn(self, tenant: Tenant, now: float) -> Iterator[Action]:
         admitted = self._give(tenant, now)
         request = tenant.running[admitted.request_id].request
-        for neighbour, for_s in self._turns.stand_still(tenant, request, now):
+        for neighbour, for_s in self.turns.stand_still(tenant, request, now):
             reason = f"{request.request_id} of {tenant.replica} would be late beside it, and it has no promise to keep"
             yield Pause(replica=neighbour.replica, epoch=neighbour.epoch, for_s=for_s, reason=reason)
-        self._turns.gave(tenant, request, now)
+        self.turns.gave(tenant, request, now)
         yield admitted
 
     def _give(self, tenant: Tenant, now: float) -> Admit:
@@ -415,7 +415,7 @@ class GpuScheduler:
 
     def _turn_away(self, tenant: Tenant, now: float) -> Iterator[Action]:
         """Those of the strict that cannot be in time, with the moment from which one like them could be."""
-        begin_s = self._turns.begin_s(tenant, now)
+        begin_s = self.turns.begin_s(tenant, now)
         for request in tenant.queue.hopeless(begin_s):
             self._unqueue(request.request_id, tenant)
             seconds, promise_s = tenant.prefill_s(request), request.slo.ttft_s or 0.0
@@ -451,12 +451,12 @@ class GpuScheduler:
 
     def state(self) -> GpuState:
         tenants = tuple(tenant.memory() for tenant in self.tenants())
-        return GpuState(gpu_id=self.gpu_id, tenants=tenants, turns=self._turns.state())
+        return GpuState(gpu_id=self.gpu_id, tenants=tenants, turns=self.turns.state())
 
     @classmethod
     def from_state(cls, state: GpuState, mint: Mint, local: str = "fcfs", costs: CostTable | None = None) -> GpuScheduler:
         scheduler = cls(state.gpu_id, mint, local, costs)
-        scheduler._turns.revive(state.turns)
+        scheduler.turns.revive(state.turns)
         for told in state.tenants:
             tenant = Tenant.from_memory(told, local, costs)
             scheduler._tenants[tenant.replica] = tenant
@@ -475,7 +475,7 @@ class GpuScheduler:
             assert len(tenant.running) <= tenant.credits or not tenant.running, f"{replica} runs more than its credits"
             told = tenant.ending | tenant.yielding
             assert told <= tenant.running.keys(), f"{replica} ends what it does not run"
-            paced = self._turns.paced and any(t.running for t in self.tenants())
+            paced = self.turns.paced and any(t.running for t in self.tenants())
             assert paced or not (tenant.free_credits > 0 and len(tenant.queue)), f"{replica} keeps a request from a free credit"
             assert not tenant.running or tenant.ready is not None, f"{replica} runs requests before it was ready"
             assert tenant.state is not ReplicaState.DRAINING or not len(tenant.queue), f"{replica} queues while it leaves"

@@ -151,10 +151,13 @@ class Lives:
             if agent.requests_due_s is not None and agent.requests_due_s <= now:
                 yield from self._give_up_routed(agent, set(), "its agent was lost and has not come back")
 
-    def due_s(self) -> Iterator[float]:
-        if self._fleet.due_s is not None:
-            yield self._fleet.due_s
-        yield from (a.requests_due_s for a in self._fleet.awaited() if a.requests_due_s is not None)
+    def due_s(self) -> float | None:
+        """The soonest of them."""
+        soonest = self._fleet.due_s
+        for agent in self._fleet.awaited():
+            if agent.requests_due_s is not None and (soonest is None or agent.requests_due_s < soonest):
+                soonest = agent.requests_due_s
+        return soonest
 
     def _due(self, place: Place, now: float) -> Iterator[Action]:
         fleet = self._fleet

@@ -90,7 +90,7 @@ class NodeScheduler:
         actions = self._decide(event, now)
         soonest = None
         for gpu in self._gpus.values():
-            wake_s = gpu.wake_s
+            wake_s = gpu.turns.wake_s
             if wake_s is not None and (soonest is None or wake_s < soonest):
                 soonest = wake_s
         if soonest is None or (self._wake_s is not None and now < self._wake_s <= soonest):
@@ -185,8 +185,9 @@ class NodeScheduler:
         return [Deactivate(replica=event.replica, epoch=event.ready.epoch, reason=reason)]
 
     def _arrived(self, request: Request, replica: ReplicaId | None, now: float) -> list[Action]:
-        if any(gpu.holds(request.request_id) for gpu in self._gpus.values()):
-            return []
+        for gpu in self._gpus.values():
+            if gpu.holds(request.request_id):
+                return []
         home = None if replica is None else self._home(replica)
         if home is None or replica is None:
             reason = f"{replica or request.model} is not on agent {self.agent}"

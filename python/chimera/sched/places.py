@@ -36,6 +36,13 @@ class PlaceState(enum.StrEnum):
     FAILED = "failed"
 
 
+_SHOWN_AS = {
+    PlaceState.LOADING: ReplicaState.LOADING,
+    PlaceState.SERVING: ReplicaState.SERVING,
+    PlaceState.LEAVING: ReplicaState.DRAINING,
+}
+
+
 class Routed(msgspec.Struct, frozen=True, kw_only=True):
     """A request handed to an agent. It may outlive the life of the replica that it was routed to."""
 
@@ -78,7 +85,8 @@ class Place(msgspec.Struct, kw_only=True):
     @property
     def overflow(self) -> int:
         """Requests handed over that its engine cannot have taken yet."""
-        return max(0, len(self.routed) - self.credits)
+        over = len(self.routed) - self.credits
+        return over if over > 0 else 0
 
     @property
     def promising(self) -> bool:
@@ -99,15 +107,7 @@ class Place(msgspec.Struct, kw_only=True):
     @property
     def replica_state(self) -> ReplicaState:
         """For readers of the snapshot."""
-        match self.state:
-            case PlaceState.LOADING:
-                return ReplicaState.LOADING
-            case PlaceState.SERVING:
-                return ReplicaState.SERVING
-            case PlaceState.LEAVING:
-                return ReplicaState.DRAINING
-            case _:
-                return ReplicaState.STOPPED
+        return _SHOWN_AS.get(self.state, ReplicaState.STOPPED)
 
     def enter(self, state: PlaceState, now: float, *, due_s: float | None = None) -> None:
         self.state, self.since_s, self.due_s = state, now, due_s

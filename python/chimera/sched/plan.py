@@ -34,6 +34,8 @@ SnapshotOf = Callable[[float, Cell | None], Snapshot]
 
 SOON_S = 0.02
 """Reviews that events ask for are at least so far apart."""
+LOOK_S = 0.04
+"""And those that nothing asks for, of all cells together, on average: so there is always one free for what happens."""
 
 
 class Plan:
@@ -118,7 +120,7 @@ class Plan:
     def _review(self, cell: Cell | None, number: int, snapshot: SnapshotOf, now: float) -> Iterator[Action]:
         decision = self.ask(snapshot, cell, now)
         if math.isfinite(decision.again_s):
-            self._ask_at(number, now + max(SOON_S, decision.again_s))
+            self._ask_at(number, now + max(SOON_S, decision.again_s, LOOK_S * self.cells.count))
         yield from self._want(decision, now, cell)
 
     def ask(self, snapshot: SnapshotOf, cell: Cell | None, now: float) -> Decision:
@@ -159,11 +161,8 @@ class Plan:
         """Whoever serves in its cell need not stand elsewhere; who stands elsewhere only is at home there."""
         fleet, cells = self._fleet, self.cells
         leaving: list[Seat] = []
-        for model in cells.models_of(number):
+        for model, elsewhere in cells.astray(number).items():
             seats = fleet.wanted_of(model)
-            elsewhere = [seat for seat in seats if cells.of_seat(seat) not in (None, number)]
-            if not elsewhere:
-                continue
             here = (fleet.places.get(seat.replica) for seat in seats if seat not in elsewhere)
             if any(place is not None and place.state is PlaceState.SERVING for place in here):
                 leaving += elsewhere

@@ -198,7 +198,8 @@ class MooreHodgson(Slack):
         return deadline_s(request)
 
     def pop(self, now: float) -> Request:
-        return self._take(self._first_in_time(now) or self._oldest())
+        alone = self._order[0] if len(self._order) == 1 else None
+        return self._take(alone or self._first_in_time(now) or self._oldest())
 
     def urgent(self, now: float) -> Request | None:
         entry = self._first_in_time(now)

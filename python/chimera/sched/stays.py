@@ -52,8 +52,9 @@ class Stays:
             self.asked[model].over = True
         return ended
 
-    def due_s(self) -> Iterator[float]:
-        return (due_s for _, due_s in self._dues())
+    def due_s(self) -> float | None:
+        """When the next of them is over."""
+        return min((due_s for _, due_s in self._dues()), default=None) if self.asked else None
 
     def as_asked(self, model: ModelSpec) -> ModelSpec:
         """The model as policies are to see it."""

@@ -118,8 +118,11 @@ class Turns:
         """How much longer the tenant's steps take beside the engines that are at work here."""
         if self.costs is None:
             return 1.0
-        others = (t for t in self._tenants.values() if t is not tenant)
-        return self.costs.slowdown(1 + sum(bool(t.running) and t.standing_until_s is None for t in others))
+        at_work = 1
+        for other in self._tenants.values():
+            if other.running and other is not tenant and other.standing_until_s is None:
+                at_work += 1
+        return self.costs.slowdown(at_work)
 
     def _waiting(self) -> list[Tenant]:
         return [t for t in self._tenants.values() if len(t.queue) and t.free_credits > 0]
@@ -128,7 +131,7 @@ class Turns:
         """Whether the engine has use for one more request now, rather than soon."""
         if tenant.standing_until_s is not None:
             return False
-        if tenant.cost is None or not any(t.running for t in self._tenants.values()):
+        if tenant.cost is None or not (tenant.running or any(t.running for t in self._tenants.values())):
             return True
         if self._is_busy(tenant, now):
             return False
