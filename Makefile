@@ -9,6 +9,8 @@ PIP     := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 TORCH_INDEX ?=
 ANSWERS := model_configs/cpu_1_gpu_3_model.json
 FILE    ?= $(ANSWERS)
+# More for `chimera serve`: make serve ARGS="--port 8001"
+ARGS    ?=
 MODELS  := .models
 
 .PHONY: serve test test-all bench models test-sglang-matrix install help clean
@@ -17,7 +19,7 @@ help:                ## this list
 	@grep -hE '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 serve: $(READY) $(if $(filter-out $(ANSWERS),$(filter model_configs/cpu_%,$(FILE))),$(MODELS)/.made) ## start the server on FILE (default: three small models that answer, no GPU needed)
-	@$(BIN)/chimera serve $(FILE)
+	@$(BIN)/chimera serve $(FILE) $(ARGS)
 
 test: $(TOOLS)       ## linter, types and quick tests
 	@echo "test: ruff, mypy, quick tests"
