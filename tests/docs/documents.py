@@ -76,11 +76,11 @@ def commands(block: str) -> Iterator[list[str]]:
                 command.append(word)
 
 
-def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+def flags_of(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
     """Its own, and those of its verbs."""
-    found: set[str] = set()
+    found: dict[str, argparse.Action] = {}
     for action in parser._actions:
-        found |= set(action.option_strings)
+        found |= dict.fromkeys(action.option_strings, action)
         if isinstance(action, argparse._SubParsersAction):
             for below in action.choices.values():
                 found |= flags_of(below)

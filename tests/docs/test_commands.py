@@ -180,7 +180,7 @@ def told_flags(words: list[str]) -> set[str]:
     """The flags that a program's own help names."""
     if words[0].removeprefix(".venv/bin/") == "chimera":
         verb = words[1]
-        return flags_of(make_parser(set() if verb.startswith("-") else {verb}))
+        return set(flags_of(make_parser(set() if verb.startswith("-") else {verb})))
     if words[0] in ("curl", "make"):
         return set()
     told = subprocess.run([*itself(words), "--help"], capture_output=True, text=True, timeout=WITHIN_S)
