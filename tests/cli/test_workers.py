@@ -74,6 +74,10 @@ def test_so_many_models_stay_parked_with_so_much_memory() -> None:
     assert of("--static").parked_models == of(shares=False).parked_models == 0
 
 
+def test_a_worker_may_be_silent_for_so_long() -> None:
+    assert (of().silent_s, of("--watchdog-timeout", "90s").silent_s) == (300.0, 90.0)
+
+
 @pytest.mark.parametrize(
     "words",
     [
@@ -82,6 +86,8 @@ def test_so_many_models_stay_parked_with_so_much_memory() -> None:
         ("--parked-models", "-1"),
         ("--parked-bytes", "x"),
         ("--host-kv", "x"),
+        ("--watchdog-timeout", "soon"),
+        ("--watchdog-timeout", "0"),
     ],
 )
 def test_a_number_that_makes_no_sense_is_a_fault_of_its_flag(words: tuple[str, str]) -> None:
