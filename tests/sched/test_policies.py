@@ -35,6 +35,7 @@ def asked(
     running: dict[str, int] | None = None,
     since_s: float = 0.0,
     warm: WarmRules | None = None,
+    pages: int = PAGES,
 ) -> Question:
     """At second 1000; every seat serves since `since_s`, and models without a demand were idle for 100 s."""
     views = tuple(
@@ -52,7 +53,7 @@ def asked(
     snapshot = Snapshot(
         now_s=1000.0,
         policy="",
-        gpus=tuple(gpu(n, pages=PAGES) for n in range(gpus)),
+        gpus=tuple(gpu(n, pages=pages) for n in range(gpus)),
         models=tuple(models),
         replicas=views,
         demands=idle | (demands or {}),
@@ -169,6 +170,26 @@ def test_flexible_does_not_act_on_what_chance_explains() -> None:
     few = Demand(requests_per_s=0.3, requests_per_s_minute=0.1, prompt_tokens=20, output_tokens=50, open=1, total=9, idle_s=0.0)
     question = asked([spec("a"), spec("b")], [seat("a", 0), seat("b", 0)], {"a": few, "b": few}, gpus=2)
     assert policy_named("flexible").decide(question).placement == question.wanted
+
+
+def test_flexible_lets_a_model_wait_that_would_spoil_more_than_it_brings_but_not_for_ever() -> None:
+    models = [spec(n) for n in "abcd"]
+    crowded = {n: busy(4.0) for n in "abc"}
+    for waited_s, comes in ((1.0, False), (60.0, True)):
+        demands = crowded | {"d": msgspec.structs.replace(WAITED_FOR, waited_s=waited_s)}
+        question = asked(models, [seat("a"), seat("b"), seat("c")], demands, pages=4 * PAGES)
+        assert ("d" in models_of(policy_named("flexible").decide(question))) is comes
+    calm = asked(models, [seat("a"), seat("b"), seat("c")], {"d": WAITED_FOR}, pages=4 * PAGES)
+    assert "d" in models_of(policy_named("flexible").decide(calm)), "where nobody is disturbed it comes at once"
+
+
+def test_flexible_makes_room_for_a_replica_by_sending_away_whom_nobody_asks_for() -> None:
+    models = [spec(n) for n in "abcde"]
+    standing = [seat("a", 0), seat("b", 0), seat("c", 1), seat("d", 1), seat("e", 1)]
+    some = Demand(requests_per_s=0.3, requests_per_s_minute=0.3, prompt_tokens=20, output_tokens=50, total=99, idle_s=9.0)
+    demands = {"a": busy(15.0), "b": busy(5.0), "c": some, "e": some}
+    decision = policy_named("flexible").decide(asked(models, standing, demands, gpus=2))
+    assert [s.replica.model for s in decision.placement.on_gpu(1)] == ["c", "e", "a"]
 
 
 def test_kvpr_moves_a_model_by_making_before_breaking() -> None:

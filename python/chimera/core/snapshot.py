@@ -50,6 +50,8 @@ class Demand(msgspec.Struct, frozen=True, kw_only=True):
     """Since the last request came or ended."""
     waiting: int = 0
     """Held by the dispatcher: no replica serves them yet."""
+    waited_s: float = 0.0
+    """Since the oldest of those came in."""
     open: int = 0
     """With a replica, waiting there or running."""
     total: int = 0

@@ -56,7 +56,7 @@ class Counter(msgspec.Struct, kw_only=True):
     def _mean(self, mean: float, value: float) -> float:
         return LENGTH_MEMORY * mean + (1 - LENGTH_MEMORY) * value if mean else float(value)
 
-    def view(self, now: float, *, waiting: int, open: int) -> Demand:
+    def view(self, now: float, *, waiting: int, waited_s: float, open: int) -> Demand:
         self._fade(now)
         return Demand(
             requests_per_s=self.short_per_s,
@@ -65,6 +65,7 @@ class Counter(msgspec.Struct, kw_only=True):
             output_tokens=self.output_tokens,
             idle_s=now - self.stirred_s,
             waiting=waiting,
+            waited_s=waited_s,
             open=open,
             total=self.total,
         )

@@ -113,12 +113,16 @@ class Dispatcher:
         if counter is None:
             return None
         placed = sum(len(place.routed) for place in self._fleet.places_of(model))
-        return counter.view(now, waiting=self.waiting_for(model), open=placed)
+        return counter.view(now, waiting=self.waiting_for(model), waited_s=self._waited_s(model, now), open=placed)
 
     def demand_views(self, now: float, models: Iterable[str] | None = None) -> dict[str, Demand]:
         """Of those models, or of all; who was never asked for is left out."""
         known = self.demands if models is None else models
         return {model: demand for model in known if (demand := self.demand(model, now)) is not None}
+
+    def _waited_s(self, model: str, now: float) -> float:
+        queue = self._queues.get(model)
+        return now - queue.turn(now)[1] if queue else 0.0
 
     def requests_of(self, front: str) -> list[str]:
         held = [h.request.request_id for h in self._held.values() if h.request.front == front]
