@@ -108,131 +108,59 @@ class App:
 
     def routes(self) -> list[Route]:
         mine = [
-            Route(
-                method="POST",
-                path="/v1/chat/completions",
-                what="A chat, as OpenAI's",
-                handler=self._completing(ChatRequest),
-                takes=ChatRequest,
-                gives=ChatCompletion,
-                streams=ChatChunk,
-                fails=ANSWERED_BY_AN_ENGINE,
+            self._completion("/v1/chat/completions", "A chat, as OpenAI's", ChatRequest, ChatCompletion, ChatChunk),
+            self._completion(
+                "/v1/completions", "A text to go on with, as OpenAI's", CompletionRequest, CompletionObject, CompletionObject
             ),
-            Route(
-                method="POST",
-                path="/v1/completions",
-                what="A text to go on with, as OpenAI's",
-                handler=self._completing(CompletionRequest),
-                takes=CompletionRequest,
-                gives=CompletionObject,
-                streams=CompletionObject,
-                fails=ANSWERED_BY_AN_ENGINE,
+            self._completion(
+                "/v1/responses", "A chat, as OpenAI's newer API; nothing is stored", ResponsesRequest, Response, ResponseEvent
             ),
+            self._completion("/v1/messages", "A chat, as Anthropic's", MessagesRequest, AnthropicMessage, MessageEvent),
             Route(
-                method="POST",
-                path="/v1/responses",
-                what="A chat, as OpenAI's newer API; nothing is stored",
-                handler=self._completing(ResponsesRequest),
-                takes=ResponsesRequest,
-                gives=Response,
-                streams=ResponseEvent,
-                fails=ANSWERED_BY_AN_ENGINE,
-            ),
-            Route(
-                method="POST",
-                path="/v1/messages",
-                what="A chat, as Anthropic's",
-                handler=self._completing(MessagesRequest),
-                takes=MessagesRequest,
-                gives=AnthropicMessage,
-                streams=MessageEvent,
-                fails=ANSWERED_BY_AN_ENGINE,
-            ),
-            Route(
-                method="POST",
-                path="/v1/messages/count_tokens",
-                what="How many tokens a prompt has, as Anthropic's",
-                handler=self._count_tokens,
+                "POST /v1/messages/count_tokens",
+                "How many tokens a prompt has, as Anthropic's",
+                self._count_tokens,
                 takes=CountRequest,
                 gives=TokenCount,
                 fails=ABOUT_A_MODEL,
             ),
             Route(
-                method="POST",
-                path="/v1/embeddings",
-                what="Embeddings of texts, as OpenAI's",
-                handler=self._embedding(EmbeddingRequest),
+                "POST /v1/embeddings",
+                "Embeddings of texts, as OpenAI's",
+                self._embedding(EmbeddingRequest),
                 takes=EmbeddingRequest,
                 gives=Embeddings,
                 fails=ANSWERED_BY_AN_ENGINE,
             ),
             Route(
-                method="POST",
-                path="/encode",
-                what="The embedding of a text, as SGLang's",
-                handler=self._embedding(EncodeRequest),
+                "POST /encode",
+                "The embedding of a text, as SGLang's",
+                self._embedding(EncodeRequest),
                 takes=EncodeRequest,
                 gives=Encoded,
                 fails=ANSWERED_BY_AN_ENGINE,
             ),
-            Route(
-                method="POST",
-                path="/generate",
-                what="A text to go on with, as SGLang's; `model` is needed where there are several",
-                handler=self._completing(GenerateRequest),
-                takes=GenerateRequest,
-                gives=Generated | list[Generated],
-                streams=Generated,
-                fails=ANSWERED_BY_AN_ENGINE,
+            self._completion(
+                "/generate",
+                "A text to go on with, as SGLang's; `model` is needed where there are several",
+                GenerateRequest,
+                Generated | list[Generated],
+                Generated,
             ),
-            Route(method="GET", path="/v1/models", what="The models there are", handler=self._models, gives=ModelList),
+            Route("GET /v1/models", "The models there are", self._models, gives=ModelList),
+            Route("GET /v1/models/{name}", "One model", self._model, gives=ModelCard, fails=ABOUT_A_MODEL),
+            # Load balancers have no key.
+            Route("GET /health", "Whether requests are taken", self._health, gives=Health, open=True),
             Route(
-                method="GET",
-                path="/v1/models/{name}",
-                what="One model",
-                handler=self._model,
-                gives=ModelCard,
-                fails=ABOUT_A_MODEL,
-            ),
-            Route(
-                method="GET",
-                path="/health",
-                what="Whether requests are taken",
-                handler=self._health,
-                gives=Health,
-                open=True,  # load balancers have no key
-            ),
-            Route(
-                method="GET",
-                path="/health_generate",
-                what="Whether a model makes tokens",
-                handler=self._health_generate,
+                "GET /health_generate",
+                "Whether a model makes tokens",
+                self._health_generate,
                 gives=Health,
                 fails=ANSWERED_BY_AN_ENGINE,
             ),
-            Route(
-                method="GET",
-                path="/snapshot",
-                what="The state of the whole system",
-                handler=self._snapshot,
-                gives=Snapshot,
-                fails=(504,),
-            ),
-            Route(
-                method="GET",
-                path="/ledger",
-                what="Who holds how much of each GPU",
-                handler=self._ledger,
-                gives=LedgerView,
-                fails=(504,),
-            ),
-            Route(
-                method="GET",
-                path="/openapi.json",
-                what="This document",
-                handler=self._openapi,
-                gives=dict[str, Any],
-            ),
+            Route("GET /snapshot", "The state of the whole system", self._snapshot, gives=Snapshot, fails=(504,)),
+            Route("GET /ledger", "Who holds how much of each GPU", self._ledger, gives=LedgerView, fails=(504,)),
+            Route("GET /openapi.json", "This document", self._openapi, gives=dict[str, Any]),
         ]
         return mine + self._operator.routes() + self._peers.routes() + self._observatory.routes() + self.dashboard.routes()
 
@@ -247,8 +175,10 @@ class App:
         app.add_routes([route.definition() for route in routes])
         return app
 
-    def _completing(self, kind: type[CompletionWish]) -> Handler:
-        return partial(self._complete, msgspec.json.Decoder(kind))
+    def _completion(self, path: str, what: str, takes: type[CompletionWish], gives: Any, streams: Any) -> Route:
+        """A POST that is answered with tokens, at once or one after another."""
+        handler = partial(self._complete, msgspec.json.Decoder(takes))
+        return Route(f"POST {path}", what, handler, takes=takes, gives=gives, streams=streams, fails=ANSWERED_BY_AN_ENGINE)
 
     async def _complete(self, decoder: msgspec.json.Decoder[CompletionWish], http: web.Request) -> web.StreamResponse:
         arrived_s = time.monotonic()

@@ -73,39 +73,16 @@ class Dashboard:
 
     def routes(self) -> list[Route]:
         return [
+            Route("GET /", "The dashboard", self._index, text=_KINDS["html"], open=True),
+            Route("GET /page/{name}", "A file of the dashboard", self._file, text="*/*", fails=(404,), open=True),
             Route(
-                method="GET",
-                path="/",
-                what="The dashboard",
-                handler=self._index,
-                text=_KINDS["html"],
-                open=True,
-            ),
-            Route(
-                method="GET",
-                path="/page/{name}",
-                what="A file of the dashboard",
-                handler=self._file,
-                text="*/*",
-                fails=(404,),
-                open=True,
-            ),
-            Route(
-                method="GET",
-                path="/sight",
-                what="The house as it is, once a second; numbers are places in the cast that `/sight/past` begins with",
-                handler=self._sight,
+                "GET /sight",
+                "The house as it is, once a second; numbers are places in the cast that `/sight/past` begins with",
+                self._sight,
                 streams=Welcome | Sight | Away,
                 fails=(504,),
             ),
-            Route(
-                method="GET",
-                path="/sight/past",
-                what="Memory and actions of the last minutes",
-                handler=self._past,
-                gives=Past,
-                fails=(504,),
-            ),
+            Route("GET /sight/past", "Memory and actions of the last minutes", self._past, gives=Past, fails=(504,)),
         ]
 
     # The page.

@@ -41,25 +41,19 @@ class Observatory:
     def routes(self) -> list[Route]:
         return [
             Route(
-                method="GET",
-                path="/metrics",
-                what="What the whole server has counted, for Prometheus",
-                handler=self._metrics,
-                text=metrics.CONTENT_TYPE,
+                "GET /metrics", "What the whole server has counted, for Prometheus", self._metrics, text=metrics.CONTENT_TYPE
             ),
             Route(
-                method="GET",
-                path="/explain",
-                what="What happened to a request (`request=`), a model (`model=`, `since=10m`) or at a moment (`at=`), and why",
-                handler=self._explain,
+                "GET /explain",
+                "What happened to a request (`request=`), a model (`model=`, `since=10m`) or at a moment (`at=`), and why",
+                self._explain,
                 gives=RequestAccount | Account,
                 fails=(400, 404),
             ),
             Route(
-                method="GET",
-                path="/requests",
-                what="The requests that ended last (`most=50`), maybe of one model (`model=`); `/explain` tells of each",
-                handler=self._requests,
+                "GET /requests",
+                "The requests that ended last (`most=50`), maybe of one model (`model=`); `/explain` tells of each",
+                self._requests,
                 gives=tuple[RequestLine, ...],
                 fails=(400, 404),
             ),

@@ -108,84 +108,45 @@ class Peers:
 
     def routes(self) -> list[Route]:
         return [
+            Route("GET /running", "The models that are up, as llama-swap's", self._running, gives=Running, fails=(504,)),
+            self._order("GET /unload", "Let all models go, as llama-swap's", self._unload_all),
+            Route("GET /api/ps", "The models that are up, as Ollama's", self._processes, gives=Processes, fails=(504,)),
+            self._order("POST /sleep", "Let a model go, as vLLM's; `?model=` where there are several", self._sleep),
+            self._order("POST /wake_up", "Bring a model up, as vLLM's; likewise", self._wake_up),
             Route(
-                method="GET",
-                path="/running",
-                what="The models that are up, as llama-swap's",
-                handler=self._running,
-                gives=Running,
-                fails=(504,),
-            ),
-            self._order("GET", "/unload", "Let all models go, as llama-swap's", self._unload_all),
-            Route(
-                method="GET",
-                path="/api/ps",
-                what="The models that are up, as Ollama's",
-                handler=self._processes,
-                gives=Processes,
-                fails=(504,),
-            ),
-            self._order("POST", "/sleep", "Let a model go, as vLLM's; `?model=` where there are several", self._sleep),
-            self._order("POST", "/wake_up", "Bring a model up, as vLLM's; likewise", self._wake_up),
-            Route(
-                method="GET",
-                path="/is_sleeping",
-                what="Whether a model is down, as vLLM's; likewise",
-                handler=self._is_sleeping,
+                "GET /is_sleeping",
+                "Whether a model is down, as vLLM's; likewise",
+                self._is_sleeping,
                 gives=Sleeping,
                 fails=(404, 504),
             ),
-            self._order("POST", "/v2/repository/models/{name}/load", "Bring a model up, as Triton's", self._load_named),
-            self._order("POST", "/v2/repository/models/{name}/unload", "Let a model go, as Triton's", self._unload_named),
+            self._order("POST /v2/repository/models/{name}/load", "Bring a model up, as Triton's", self._load_named),
+            self._order("POST /v2/repository/models/{name}/unload", "Let a model go, as Triton's", self._unload_named),
             Route(
-                method="POST",
-                path="/v2/repository/index",
-                what="Every model and its state, as Triton's",
-                handler=self._index,
+                "POST /v2/repository/index",
+                "Every model and its state, as Triton's",
+                self._index,
                 gives=list[RepositoryModel],
                 fails=(504,),
             ),
-            Route(
-                method="GET",
-                path="/liveness",
-                what="Whether this front-end answers",
-                handler=self._alive,
-                gives=Ready,
-                open=True,
-            ),
+            Route("GET /liveness", "Whether this front-end answers", self._alive, gives=Ready, open=True),
             *(
-                Route(
-                    method="GET",
-                    path=path,
-                    what="Whether a model is up",
-                    handler=self._ready,
-                    gives=Ready,
-                    fails=(504,),
-                    open=True,
-                )
+                Route(f"GET {path}", "Whether a model is up", self._ready, gives=Ready, fails=(504,), open=True)
                 for path in ("/readiness", "/ready")
             ),
             Route(
-                method="GET",
-                path="/model_info",
-                what="A model's files, as SGLang's; `?model=` where there are several",
-                handler=self._model_info,
+                "GET /model_info",
+                "A model's files, as SGLang's; `?model=` where there are several",
+                self._model_info,
                 gives=ModelInfo,
                 fails=ABOUT_A_MODEL,
             ),
-            Route(
-                method="GET",
-                path="/server_info",
-                what="What this server is, as SGLang's",
-                handler=self._server_info,
-                gives=ServerInfo,
-                fails=(504,),
-            ),
+            Route("GET /server_info", "What this server is, as SGLang's", self._server_info, gives=ServerInfo, fails=(504,)),
         ]
 
     @staticmethod
-    def _order(method: str, path: str, what: str, handler: Callable[[web.Request], Awaitable[web.Response]]) -> Route:
-        return Route(method=method, path=path, what=what, handler=handler, gives=Done, fails=_SLOW, admin=True)
+    def _order(at: str, what: str, handler: Callable[[web.Request], Awaitable[web.Response]]) -> Route:
+        return Route(at, what, handler, gives=Done, fails=_SLOW, admin=True)
 
     # llama-swap's and Ollama's.
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -26,14 +26,14 @@ ANSWERED_BY_AN_ENGINE = (404, 408, 429, 502, 504)
 """How a request fails that an engine answers."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Route:
-    method: str
-    path: str
-    """As OpenAPI writes it: `/v1/models/{name}`. A name in it may have slashes."""
+    at: str
+    """Method and path, as OpenAPI writes it: `GET /v1/models/{name}`. A name in it may have slashes."""
     what: str
     """In a few words."""
     handler: Handler
+    _: KW_ONLY
     takes: Any = None
     """The type of the JSON body."""
     gives: Any = None
@@ -48,6 +48,14 @@ class Route:
     """Asks for an operator's key."""
     open: bool = False
     """Asks for no key, also where there are some; so it says nothing about anybody."""
+
+    @property
+    def method(self) -> str:
+        return self.at.partition(" ")[0]
+
+    @property
+    def path(self) -> str:
+        return self.at.partition(" ")[2]
 
     def is_at(self, method: str, path: str) -> bool:
         return method == self.method and self._pattern.fullmatch(path) is not None
