@@ -32,6 +32,8 @@ from chimera.sched.policies.kvpr import Kvpr
 from chimera.sim.run import simulate
 from chimera.trace.trace import Trace
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script: the repository is not a package
+
 from benchmark import report
 from benchmark.sim.bench import SLO_SCALE, TRACES, Cell, costs, prepared
 from benchmark.sim.kept import Figures, Kept
@@ -58,6 +60,13 @@ THEIRS_OVER = {"ttft": 3.3, "tpot": 2.0}
 KNOB_RATE = 1.0
 IDLE_S = (5.0, 15.0, 30.0, 45.0, 60.0, 80.0, 120.0)
 WINDOWS_S = (15.0, 30.0, 60.0, 120.0, 240.0)
+ORDER = (
+    (PRISM, "muxserve-like"),
+    ("muxserve-like", "s-partition"),
+    ("s-partition", "serverless-like"),
+    ("s-partition", "qlm-like"),
+)
+"""Of each pair the first attains more in the paper."""
 PARTS = ("rates", "counts", "mix", "slos", "knobs")
 
 
@@ -144,11 +153,21 @@ class Stage:
             return first
         return statistics.fmean(self.run(rival, load, models, gpus, rate, seed=seed)[what] for seed in seeds)
 
-    def highest_rate(self, rival: Rival, load: str, models: str, gpus: int, *, start: float, close: float = 1.05) -> float:
+    def highest_rate(
+        self,
+        rival: Rival,
+        load: str,
+        models: str,
+        gpus: int,
+        *,
+        start: float,
+        close: float = 1.05,
+        seeds: Sequence[int] = SEEDS,
+    ) -> float:
         """The largest rate at which the goal is held, to so many per cent; `start` is tried first."""
 
         def keeps(rate: float) -> bool:
-            return self.mean("ttft", rival, load, models, gpus, rate, SEEDS) >= GOAL
+            return self.mean("ttft", rival, load, models, gpus, rate, seeds) >= GOAL
 
         low = start
         while low > start / 64 and not keeps(low):
@@ -189,10 +208,12 @@ def _rates(stage: Stage, figures: report.Figures) -> list[Row]:
     rows = []
     for load in LOADS:
         name = f"8 models on 2 GPUs, {load}"
-        found = {}
+        found: dict[str, float] = {}
         for rival in RIVALS.values():
             found[rival.name] = stage.highest_rate(rival, load, "8", 2, start=1.0)
             figures.add(f"{name}: rate at 99 % TTFT, {rival.name}", found[rival.name], "× the trace")
+        kept = sum(found[better] >= found[worse] for better, worse in ORDER)
+        figures.add(f"{name}: pairs of systems in the paper's order", kept, f"of {len(ORDER)}", at_least=len(ORDER))
         compared = {"muxserve-like": 2.3, "s-partition": 3.5} if load != "Arena" else dict.fromkeys(BASELINES, 3.0)
         for who in (PRISM, OURS):
             for other, theirs in compared.items():
@@ -228,11 +249,11 @@ def _counts(stage: Stage, figures: report.Figures) -> list[Row]:
 
 
 def _mix(stage: Stage, figures: report.Figures) -> list[Row]:
-    rate = stage.highest_rate(RIVALS["muxserve-like"], MIX, "58", MIX_GPUS, start=0.5, close=1.1)
+    rate = stage.highest_rate(RIVALS["muxserve-like"], MIX, "58", MIX_GPUS, start=0.25, close=1.1, seeds=SEEDS[:1])
     figures.add("58 models: the load that muxserve-like holds on 32 GPUs", MIX_RATE * rate, "requests/s")
     rows = []
     for rival in RIVALS.values():
-        count = stage.fewest("ttft", rival, MIX, "58", rate, MIX_GPUS, SEEDS)
+        count = stage.fewest("ttft", rival, MIX, "58", rate, MIX_GPUS, SEEDS[:1])
         name = f"58 models: GPUs of {rival.name}"
         if rival.name in (PRISM, OURS):
             rows.append(_row(name, 16, "16", count, _of(count, MIX_GPUS)))

@@ -20,6 +20,8 @@ from chimera.sizing.search import Search
 from chimera.trace.reader import read_trace
 from chimera.trace.trace import names_for
 
+sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script: the repository is not a package
+
 from benchmark import report
 from benchmark.sim.bench import HERE, TRACES, Cell, costs
 
@@ -36,14 +38,13 @@ def case(trace: str, from_s: float, to_s: float, models: str, rate: float) -> Ce
 
 
 CASES = (
-    case("arena_prism18", 0.0, 620.0, "18", 1.0),
-    case("arena_prism18", 0.0, 300.0, "18", 4.0),
     case("arena_prism18", 0.0, 300.0, "8", 2.0),
-    case("arena_prism18", 0.0, 300.0, "hetero12", 2.0),
-    case("servegen_18tenants_day", 39_600.0, 40_200.0, "18", 2.0),
-    case("servegen_18tenants_day", 50_400.0, 50_700.0, "18", 1.0),
+    case("servegen_18tenants_day", 39_600.0, 39_900.0, "18", 2.0),
     case("azure2023_conv_first30min", 0.0, 300.0, "8", 1.0),
-    case("azure2023_conv_first30min", 300.0, 600.0, "8", 3.0),
+    case("arena_prism18", 0.0, 300.0, "hetero12", 2.0),
+    case("arena_prism18", 0.0, 300.0, "18", 1.0),
+    case("arena_prism18", 0.0, 300.0, "18", 4.0),
+    case("servegen_18tenants_day", 50_400.0, 50_700.0, "18", 1.0),
 )
 
 

@@ -11,10 +11,6 @@ _COLD = (
     "request has missed it at any rate; the paper's start sooner, or promise less"
 )
 _KNOWS = "Our stand-in knows the rates of the whole trace beforehand and never has to guess; theirs adapts"
-_ONE_ENGINE = (
-    "The load is what one engine of the busiest model can carry, and more GPUs do not help a model that has one replica"
-)
-
 WHY: dict[str, str] = {
     "over s-partition's": _NOT_SHORT,
     "over muxserve-like's": f"{_NOT_SHORT}. {_KNOWS}",
@@ -33,10 +29,17 @@ WHY: dict[str, str] = {
     ),
     "load B: GPUs of flexible": "It gives the busiest model as many replicas as that takes",
     "idle threshold": (
-        "Where all that are asked for fit (Hyperbolic-like) nobody has to leave. Where they do not (Arena), 45 s sends off who "
+        "Where all that are asked for fit (Hyperbolic-like) nobody has to leave. Where not (Arena), 45 s sends off who "
         "is asked for again soon, as less does; here only 80 s and more is past that"
     ),
     "window": "With moves as rare as they have to be, the window hardly decides one",
-    "58 models: GPUs of muxserve-like": f"{_ONE_ENGINE}: it needs far fewer than 32 for it",
-    "58 models": f"{_ONE_ENGINE}; 23 of the 58 are asked for, and those fit on half of the GPUs",
+    "58 models: GPUs of muxserve-like": (
+        "The load is what it holds on 32, and no more than that is held on any number, since each model has one engine; so "
+        "fewer GPUs do for it as well"
+    ),
+    "58 models: GPUs of kvpr": (
+        "Below this the busiest model, a 1B, misses every fourth promise: it shares a GPU where memory is plenty and time is "
+        "not, which KV pressure does not see"
+    ),
+    "58 models: GPUs of flexible": "Less than half of the 58 are asked for, as in the paper, and those fit on half of 32",
 }
