@@ -8,9 +8,10 @@ windows (on, off, off, on) are a comparison; the server is started anew a few ti
 
 Whatever else runs on the machine only adds to a window, by what it takes from caches. So what is judged is the cheapest
 quarter of the windows of either kind, as one takes the best of several timings; the median of the comparisons is told beside
-it. Intervals are bootstraps over the comparisons. A request's rows cost the same however long its answer is, so with
-`--tokens 32` they weigh four times as much as with 128. A third question is what a viewer of the dashboard costs an idle
-server.
+it. Where the machine is too busy for either to be narrow, the third ratio says more: what `bookkeeping.py` measures of the
+parts, set against what an event costs without them. Intervals are bootstraps over the comparisons. A request's rows cost the
+same however long its answer is, so with `--tokens 32` they weigh four times as much as with 128. A last question is what a
+viewer of the dashboard costs an idle server.
 
     python benchmark/micro/observability.py [--starts 2] [--comparisons 16] [--at-once 64] [--tokens 128]
 """
@@ -36,6 +37,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # run as a script: the repos
 
 import aiohttp
 
+from benchmark.micro import bookkeeping
+from benchmark.micro.bookkeeping import cheapest
 from benchmark.processes import descendants, ran_s, servers, words_of
 from benchmark.report import Figures, parser, percentile
 from benchmark.served import entry, served
@@ -47,7 +50,6 @@ SETTLE_S = 0.6
 WINDOW_S = 0.8
 SWITCHED_WITHIN_S = 10.0
 LAST_CHUNK = b"0\r\n\r\n"
-CHEAPEST = 0.25
 RESAMPLED = 2000
 Told = dict[bool, list[float]]
 """µs of CPU for each event, on and off."""
@@ -71,7 +73,7 @@ def main() -> int:
             with served(placement, "--engine", "simulated", environment=environment) as url:
                 house = House(url, servers()[-1], Path(file.name))
                 found = asyncio.run(compare(house, arguments))
-                print(f"# start {start + 1}: {cheapest(found):.4f} ×, median {paired(found):.4f} ×", flush=True)
+                print(f"# start {start + 1}: {best(found):.4f} ×, median {paired(found):.4f} ×", flush=True)
                 comparisons += found
                 if start == arguments.starts - 1:
                     idle, seen = asyncio.run(viewing(house, arguments.viewing_s))
@@ -80,9 +82,13 @@ def main() -> int:
         figures.samples(f"CPU for each event, {'on' if on else 'off'}", us, "µs")
     dice = random.Random(arguments.seed)
     drawn = [dice.choices(comparisons, k=len(comparisons)) for _ in range(RESAMPLED)]
-    for name, ratio, at_most in (("on to off, cheapest windows", cheapest, 1.03), ("on to off, median", paired, None)):
+    for name, ratio, at_most in (("on to off, cheapest windows", best, 1.03), ("on to off, median", paired, None)):
         low, high = (percentile([ratio(some) for some in drawn], p) for p in (2.5, 97.5))
         figures.add(name, ratio(comparisons), "×", at_most=at_most, spread=(low, high))
+    whole = cheapest([us for told in comparisons for us in told[False]])
+    event, request = bookkeeping.tell(figures, arguments.seed)
+    parts = [1 + (one + records / arguments.tokens) / whole for one, records in zip(event, request, strict=True)]
+    figures.add("on to off, by what keeping books takes of that", parts[0], "×", at_most=1.03, spread=(parts[1], parts[2]))
     figures.add("an idle server", 100 * idle, "% of a core")
     figures.add("the same with a viewer of the dashboard, above that", 100 * (seen - idle), "% of a core", at_most=1.0)
     return figures.finish(arguments.json)
@@ -109,10 +115,9 @@ class House:
                 await asyncio.sleep(0.01)
 
 
-def cheapest(comparisons: Sequence[Told]) -> float:
-    on, off = (sorted(us for told in comparisons for us in told[kind]) for kind in (True, False))
-    few = max(1, round(CHEAPEST * len(on)))
-    return statistics.fmean(on[:few]) / statistics.fmean(off[:few])
+def best(comparisons: Sequence[Told]) -> float:
+    on, off = ([us for told in comparisons for us in told[kind]] for kind in (True, False))
+    return cheapest(on) / cheapest(off)
 
 
 def paired(comparisons: Sequence[Told]) -> float:
