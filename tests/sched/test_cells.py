@@ -86,6 +86,15 @@ def test_beyond_each_question_is_about_one_cell_of_whole_nodes(heard: list[Quest
     assert _together(later) == {f"m{n}" for n in range(40)}
 
 
+def test_a_crowd_is_no_reason_to_ask_a_cell_among_others_at_once(heard: list[Question]) -> None:
+    """One model is asked for in bursts that never find it idle; nobody can have another place."""
+    full = tuple(msgspec.structs.replace(m, pin=True, slo=Slo(), weight_bytes=3 * GIB) for m in models(40))
+    rows = [Row(n * 0.5 + burst * 1e-3, "m0", 5, 10) for n in range(50) for burst in range(9)]
+    play(msgspec.structs.replace(scenario(40), models=full), rows)
+    times = [question.snapshot.now_s for question in heard if WARM_UP_S + 2 < question.snapshot.now_s < WARM_UP_S + 20]
+    assert 24 <= len(times) <= 30, "three cells, each every two seconds"
+
+
 def _together(snapshots: Sequence[Snapshot]) -> set[str]:
     """All models that somebody decided about; none is in two cells at one time."""
     newest = {min(gpu.gpu_id for gpu in snapshot.gpus): {m.name for m in snapshot.models} for snapshot in snapshots}

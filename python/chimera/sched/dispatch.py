@@ -151,7 +151,7 @@ class Dispatcher:
         route = self._route(request, place, now)
         crowd = len(place.routed)
         if crowd >= CROWD and crowd & (crowd - 1) == 0:  # twice as many as when it was last asked for this
-            self._fleet.stirred_models.add(request.model)
+            self._fleet.crowded_models.add(request.model)
         return [route]
 
     def cancelled(self, request_id: str) -> list[Action]:
@@ -305,13 +305,14 @@ class Dispatcher:
             self._strict.pop(request.request_id, None)
             yield self._route(request, place, now)
 
-    def refuse_held(self, model: str, now: float) -> Iterator[Action]:
-        """Nobody waits for a model that will not come."""
+    def refuse_held(self, model: str, now: float, *, insist: bool = True) -> Iterator[Action]:
+        """Nobody waits for a model that will not come. The policy hears of it soon if it may come, and somebody insists."""
         fleet, places = self._fleet, self._fleet.places_of(model)
         if any(place.promising for place in places):
             return
         if fleet.policy.on_demand and not places and model in fleet.models:
-            fleet.stirred_models.add(model)
+            if insist:
+                fleet.stirred_models.add(model)
             return
         for request in list(self._queues.get(model, ())):
             self._unhold(request.request_id)

@@ -76,6 +76,8 @@ class Fleet:
         self.stirred_models: set[str] = set()
         """Something has happened to them that the policy should hear of soon."""
         self.stirred_agents: set[str] = set()
+        self.crowded_models: set[str] = set()
+        """Many requests are with a replica of theirs: news too, but nobody waits for a place."""
         self._having: dict[int, list[str]] = {}
         """The agents that have each GPU: one, but while a GPU changes hands."""
         self._awaited: dict[str, Agent] = {}

@@ -79,6 +79,10 @@ class Plan:
     def note_stir(self, now: float) -> None:
         """Asks soon if something has happened that the policy should hear of."""
         fleet = self._fleet
+        if fleet.crowded_models:
+            if not self.cells.divided:  # a cell among others is looked at every few seconds anyway
+                fleet.stirred_models |= fleet.crowded_models
+            fleet.crowded_models.clear()
         if not fleet.stirred_models and not fleet.stirred_agents:
             return
         stirred = {self.cells.of_model(model) for model in sorted(fleet.stirred_models)}
@@ -120,8 +124,14 @@ class Plan:
     def _review(self, cell: Cell | None, number: int, snapshot: SnapshotOf, now: float) -> Iterator[Action]:
         decision = self.ask(snapshot, cell, now)
         if math.isfinite(decision.again_s):
-            self._ask_at(number, now + max(SOON_S, decision.again_s, LOOK_S * self.cells.count))
+            pause_s = SOON_S if self._is_waited_for(number) else LOOK_S * self.cells.count
+            self._ask_at(number, now + max(pause_s, decision.again_s))
         yield from self._want(decision, now, cell)
+
+    def _is_waited_for(self, number: int) -> bool:
+        """Whether somebody waits there for a model without a seat."""
+        waiting = self._dispatcher.waiting()
+        return any(self.cells.of_model(model) == number and not self._fleet.wanted_of(model) for model in waiting)
 
     def ask(self, snapshot: SnapshotOf, cell: Cell | None, now: float) -> Decision:
         fleet = self._fleet
@@ -206,7 +216,8 @@ class Plan:
             yield from self._lives.settle(model, now, decision)
         for model in self._dispatcher.waiting():
             if cell is None or self.cells.of_model(model) == cell.number:
-                yield from self._dispatcher.refuse_held(model, now)  # `static` gives some of them no place
+                # `static` gives some of them no place. A cell has others beside it, and is not asked again at once.
+                yield from self._dispatcher.refuse_held(model, now, insist=cell is None)
 
     # A request's word.
 
