@@ -159,11 +159,17 @@ async def test_every_text_stands_out(stage: Stage, opens: Opens, scheme: str) ->
     assert await window.page.evaluate(CONTRAST) == []
 
 
+SPILT = """() => [...document.querySelectorAll("#rows tr")].flatMap((row) => [...row.children].filter((cell) =>
+  cell.getBoundingClientRect().bottom > row.getBoundingClientRect().bottom + 1).map((cell) => cell.textContent))"""
+
+
 async def test_nothing_is_wider_than_a_phone(stage: Stage, opens: Opens) -> None:
     stage.rehearsal.register(model("a-publisher/" + "very-long-name-" * 8, model_folder(stage.run_dir / "long")))
     window = await opens(stage.url, **PHONE)
     await expect(window.page.locator("#rows tr")).to_have_count(2)
     assert await window.page.evaluate("() => document.documentElement.scrollWidth") <= 390
+    await expect(window.page.locator("#rows .state")).to_have_count(2)
+    assert await window.page.evaluate(SPILT) == []
     await window.page.get_by_role("button", name="Chat", exact=True).click()
     await expect(window.page.get_by_label("Message")).to_be_in_viewport()
 
