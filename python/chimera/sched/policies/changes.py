@@ -6,7 +6,7 @@ outlook; does not know what a change must be worth.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 
@@ -36,16 +36,21 @@ class Changes:
         """Where a model without a replica could stand."""
         return list(self._anywhere(model, self._board.gangs(model), idle_s))
 
-    def reliefs(self, gpu_ids: Iterable[int]) -> Iterator[Change]:
-        """What could help those who stand on these GPUs: another replica of one of them elsewhere."""
-        board = self._board
+    def reliefs(self, gpu_ids: Iterable[int], price: Callable[[ModelSpec, tuple[int, ...]], float]) -> Iterator[Change]:
+        """What could help those who stand on these GPUs: another replica of one of them elsewhere.
+
+        No more can be gained than is lost where it changes anything; what is dearer than that is not looked at.
+        """
+        board, outlook = self._board, self._outlook
         names = {seat.replica.model: None for gpu_id in gpu_ids for seat in board.on_gpu(gpu_id)}
         calm = {gpu_id for gpu_id in board.gpus if self._is_calm(gpu_id)}
         for name in names:
-            if self._outlook.rate(name) and self._is_settled(name):
+            if outlook.rate(name) and self._is_settled(name):
                 model = board.models[name]
-                gangs = (g for g in board.gangs(model) if calm.issuperset(g) and not board.stands_on(name, g))
-                yield from self._anywhere(model, gangs, self._settle_s, unasked=True)
+                here = {gpu_id for seat in board.seats_of(name) for gpu_id in seat.gpu_ids}
+                gangs = (g for g in board.gangs(model) if calm.issuperset(g) and here.isdisjoint(g))
+                worth_it = (g for g in gangs if outlook.lost_on((*here, *g)) >= price(model, g))
+                yield from self._anywhere(model, worth_it, self._settle_s, unasked=True)
 
     def _anywhere(
         self, model: ModelSpec, gangs: Iterable[tuple[int, ...]], idle_s: float, *, unasked: bool = False

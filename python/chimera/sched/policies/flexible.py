@@ -119,8 +119,12 @@ class Flexible(msgspec.Struct, frozen=True):
 
     def _relieve(self, outlook: Outlook, changes: Changes, pressed: list[int]) -> None:
         """The change that promises the most, if it is worth it."""
-        found = list(changes.reliefs(pressed[: self.looked_at]))
-        worth = [c for c in found if c.gain >= self._price(outlook, c.model, c.gang)]
+
+        def price(model: ModelSpec, gang: tuple[int, ...]) -> float:
+            return self._price(outlook, model, gang)
+
+        found = list(changes.reliefs(pressed[: self.looked_at], price))
+        worth = [c for c in found if c.gain >= price(c.model, c.gang)]
         best = max(worth, key=lambda change: change.gain, default=None)
         if best is not None:
             scores = ((f"{c.model.name} on GPUs {list(c.gang)}", c.gain, c is best) for c in found)
