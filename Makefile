@@ -59,7 +59,7 @@ $(READY): requirements/$(MACHINE).txt pyproject.toml
 	@touch $@
 
 $(TOOLS): $(READY) requirements/dev.txt
-	@echo "set-up: installing what checks the package into .venv (once)"
+	@echo "set-up: installing what checks the package into .venv (once; 0.6 GB)"
 	@$(PIP) --no-deps -r requirements/dev.txt
 	@touch $@
 
