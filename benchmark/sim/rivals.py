@@ -8,6 +8,8 @@ pressed most; a group gives way when another would be late. Each stands for an i
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -97,8 +99,15 @@ TUNED = Kvpr(after=True, threshold=0.8)
 loads of the first 300 s of both traces, from which the experiments are too; with 0.1, which `kvpr` has, models move so often
 that it is behind static partitions."""
 
-POLICIES.setdefault("qlm-like", Qlm())
-POLICIES.setdefault("kvpr-tuned", TUNED)
+
+@contextmanager
+def known() -> Iterator[None]:
+    """For as long as it lasts, a scenario may name the policies that are here only."""
+    POLICIES.update({"qlm-like": Qlm(), "kvpr-tuned": TUNED})
+    try:
+        yield
+    finally:
+        del POLICIES["qlm-like"], POLICIES["kvpr-tuned"]
 
 
 def scenario(rival: Rival, models: tuple[ModelSpec, ...], trace: Trace, gpus: int, costs: CostTable) -> Scenario:

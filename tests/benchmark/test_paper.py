@@ -24,7 +24,10 @@ ASKED = Trace("told", tuple(Row(n * 0.2, "abc"[n % 3 if n % 5 else 0], 20, 10) f
 def stood(name: str, gpus: int) -> tuple[Chronicle, list[Story]]:
     chronicle, stories = Chronicle(), []  # type: ignore[var-annotated]
     table = costs(gpu_bytes=4 * GIB, activation_s=0.2)
-    simulate(rivals.scenario(rivals.RIVALS[name], TINY, ASKED, gpus, table), ASKED, chronicle=chronicle, keep=stories.extend)
+    with rivals.known():
+        simulate(
+            rivals.scenario(rivals.RIVALS[name], TINY, ASKED, gpus, table), ASKED, chronicle=chronicle, keep=stories.extend
+        )
     return chronicle, stories
 
 
