@@ -43,12 +43,10 @@ def test_a_model_answers_what_it_learnt(served: House, lesson: Lesson) -> None:
     assert sum(right) >= 7
 
 
-def first_chat() -> list[list[str]]:
-    _, _, rest = (ROOT / "README.md").read_text().partition("## A first chat")
-    return list(shell_lines(rest.partition("\n## ")[0]))
+FIRST_CHAT = (ROOT / "README.md").read_text().partition("## A first chat")[2].partition("\n## ")[0]
 
 
-@pytest.mark.parametrize("command", first_chat(), ids=lambda words: " ".join(words[:3]))
+@pytest.mark.parametrize("command", list(shell_lines(FIRST_CHAT)), ids=lambda words: " ".join(words[:3]))
 def test_the_first_chat_of_the_readme_runs_as_it_is_written(served: House, command: list[str]) -> None:
     url = "http://{}:{}".format(*served.address)
     if command[0] == ".venv/bin/chimera":
@@ -58,6 +56,6 @@ def test_the_first_chat_of_the_readme_runs_as_it_is_written(served: House, comma
     told = subprocess.run(words, capture_output=True, text=True, timeout=60.0)
     assert told.returncode == 0, told.stderr
     if "What is 17 + 25?" in command:
-        [shown] = re.findall(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+        [shown] = re.findall(r"```text\n(.*?)```", FIRST_CHAT, re.DOTALL)
         assert told.stdout.strip() == shown.strip()
     assert told.stdout.strip()
