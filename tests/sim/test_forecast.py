@@ -62,3 +62,10 @@ def test_late_requests_take_their_turns_and_count_for_nothing() -> None:
     assert calm.attained_per_s > 1.9
     assert late.attained_per_s < 0.5
     assert late.attained_per_s + late.lost_per_s == 2.0
+
+
+def test_where_strangers_took_all_memory_nothing_is_kept_and_nobody_is_no_loss() -> None:
+    model = promises(MODELS[:1], Trace("none", (Row(0.0, MODELS[0].name, 256, 128),)), COSTS, 5.0)[0]
+    load = load_of(model, Demand(prompt_tokens=256, output_tokens=128), COSTS)
+    for asked, lost_per_s in (([], 0.0), ([(load, 0.0, 0.0)], 0.0), ([(load, 2.0, 0.0)], 2.0)):
+        assert forecast(asked, -1e9, COSTS.neighbour_slowdown).lost_per_s == lost_per_s

@@ -139,7 +139,8 @@ def forecast(asked: Sequence[Asked], kv_bytes: float, slowdown: float) -> Foreca
     busy = sum(engine.rate * engine.load.least_cost_s for engine in engines)
     held_bytes = sum(engine.batch * engine.load.kv_bytes for engine in engines)
     in_time = min(1.0, 1 / busy) if busy else 1.0
-    room = 1.0 if held_bytes <= 0.8 * kv_bytes else max(0.0, 0.8 * kv_bytes / held_bytes)
+    room_bytes = max(0.0, 0.8 * kv_bytes)  # strangers may have taken more than there is
+    room = 1.0 if held_bytes <= room_bytes else room_bytes / held_bytes
     attained = asked_per_s = 0.0
     for engine in engines:
         neighbours = together - engine.share
