@@ -1,4 +1,4 @@
-"""What the verbs share that work on paper: names on the command line, a bar while they reckon, and a table."""
+"""What the verbs share that replay a trace: whose name stands for whose; and on paper, a bar while they reckon, and a table."""
 
 from __future__ import annotations
 

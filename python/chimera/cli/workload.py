@@ -12,6 +12,7 @@ from chimera.bench import promise
 from chimera.bench.load import Terms
 from chimera.bench.prompts import Sharing
 from chimera.bench.session import Known, Load
+from chimera.cli.on_paper import mapping
 from chimera.core.model import Slo
 from chimera.errors import ConfigError
 from chimera.parsing.tokenizer import ModelTokenizer
@@ -189,16 +190,6 @@ def _slos(arguments: argparse.Namespace, known: Mapping[str, Known], models: tup
         ttft_scale=arguments.ttft_slo_scale,
         tpot_scale=arguments.tpot_slo_scale,
     )
-
-
-def mapping(words: list[str]) -> dict[str, str]:
-    found = {}
-    for word in words:
-        theirs, equals, ours = word.partition("=")
-        if not equals:
-            raise ConfigError.single("--map", f"{word!r} is not TRACE=MODEL")
-        found[theirs] = ours
-    return found
 
 
 def _range(text: str) -> tuple[int, int]:
