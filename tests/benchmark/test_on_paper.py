@@ -18,6 +18,7 @@ from chimera.sim.placing import gpus_of
 from chimera.sim.run import Scenario, simulate
 from chimera.trace.trace import Row, Trace
 
+from benchmark import report
 from benchmark.sim import fit, policies, reality
 from benchmark.sim.bench import Cell
 from benchmark.sim.calibration import Calibration
@@ -52,6 +53,27 @@ def test_a_trace_for_real_engines_fits_their_contexts_and_their_time() -> None:
     work_s = sum(table.of(models[0]).request_s(row.prompt_tokens, row.output_tokens, 2.0) for row in scaled.rows)
     assert work_s == pytest.approx(0.5 * 20, rel=0.1)
     assert all(m.slo.ttft_s and m.slo.tpot_s for m in promising)
+
+
+def test_where_both_sides_keep_all_promises_tighter_ones_are_compared() -> None:
+    def told(ttft_s: float, number: int) -> Story:
+        slo = Slo(ttft_s=1.0, tpot_s=1.0)
+        return Story(
+            request_id=str(number),
+            model="a",
+            sent_s=0.0,
+            prompt_tokens=1,
+            output_tokens=2,
+            slo=slo,
+            first_token_s=ttft_s,
+            last_token_s=ttft_s + 0.01,
+        )
+
+    real = [told(0.01 * number, number) for number in range(1, 11)]
+    slower = [told(0.02 * number, number) for number in range(1, 11)]
+    figures = report.Figures("told")
+    reality._tightened(figures, "a", real, slower)
+    assert [figure.value for figure in figures.figures] == pytest.approx([90.0, 40.0, 100 * 5 / 9])
 
 
 def test_a_calibration_finds_what_a_server_on_paper_costs() -> None:
