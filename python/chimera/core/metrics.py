@@ -177,6 +177,10 @@ class Tallies:
             tally = self._of[story.model] = Tally()
         tally.add(story)
 
+    def missed(self) -> int:
+        """How many did not keep both promises."""
+        return sum(tally.sent - tally.kept_both for tally in self._of.values())
+
     def metrics(self) -> Metrics:
         """Of all of them together."""
         whole = Tally()

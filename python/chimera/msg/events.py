@@ -25,6 +25,9 @@ class Outcome(enum.StrEnum):
     """Left this worker unfinished; its front-end brings it back with the tokens emitted so far."""
 
 
+ANSWERED = (Outcome.STOP, Outcome.LENGTH)
+
+
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     """The root of all events."""
 

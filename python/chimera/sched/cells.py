@@ -100,7 +100,8 @@ class Cells:
     def _left_of(self, gpu: Gpu, number: int) -> Gpu:
         """As large as what models of other cells leave of it."""
         fleet = self._fleet
-        foreign = [p.replica.model for p in fleet.on_gpu(gpu.gpu_id) if self._of_model.get(p.replica.model, number) != number]
+        here = [place.seat.replica.model for place in fleet.on_gpu(gpu.gpu_id)]
+        foreign = [model for model in here if self._of_model.get(model, number) != number]
         if not foreign or fleet.costs is None:
             return gpu
         held = sum(fleet.costs.resident_bytes(fleet.models[name]) for name in foreign if name in fleet.models)

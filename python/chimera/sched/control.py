@@ -16,7 +16,8 @@ import msgspec
 
 from chimera.core.model import ModelSpec
 from chimera.core.placement import Placement, Seat
-from chimera.core.snapshot import ReplicaView, Snapshot
+from chimera.core.request import Request
+from chimera.core.snapshot import Snapshot
 from chimera.msg.actions import Abort, Action, Activate, Deactivate, QueueBy, Reject, Requeue, Resize, Route, WakeAt
 from chimera.msg.events import (
     ActivationFailed,
@@ -47,7 +48,7 @@ from chimera.sched.demand import Counter
 from chimera.sched.dispatch import Dispatcher, Held, Pace
 from chimera.sched.fleet import Agent, Fleet, Limits
 from chimera.sched.lives import Lives
-from chimera.sched.places import Place, PlaceState
+from chimera.sched.places import Place
 from chimera.sched.plan import Plan
 from chimera.sched.policies import policy_named
 from chimera.sched.policies.policy import WarmRules
@@ -121,7 +122,7 @@ class ControlScheduler:
     def _decide(self, event: ControlInput, now: float) -> Iterable[Action]:
         match event:
             case RequestArrived():
-                return self._arrived(event, now)
+                return self._arrived(event.request, now)
             case RequestFinished():
                 return self._dispatcher.finished(event, now)
             case RequestCancelled():
@@ -170,9 +171,8 @@ class ControlScheduler:
             case _:
                 return []
 
-    def _arrived(self, event: RequestArrived, now: float) -> Iterable[Action]:
-        yield from self._plan.asked_for(event.request, now)
-        yield from self._dispatcher.arrived(event.request, now)
+    def _arrived(self, request: Request, now: float) -> Iterable[Action]:
+        return [*self._plan.asked_for(request, now), *self._dispatcher.arrived(request, now)]
 
     def _woke(self, now: float) -> Iterable[Action]:
         self._wake_s = None
@@ -245,23 +245,7 @@ class ControlScheduler:
             local=self.local,
             gpus=tuple(fleet.gpus()) if cell is None else cell.gpus,
             models=tuple(fleet.models.values()) if cell is None else cell.models,
-            replicas=tuple(
-                ReplicaView(
-                    replica=place.replica,
-                    epoch=place.epoch,
-                    state=place.replica_state,
-                    gpu_ids=place.seat.gpu_ids,
-                    running=min(len(place.routed), place.credits),
-                    queued=place.overflow,
-                    kv_tokens=place.kv_tokens,
-                    kv_limit_bytes=place.seat.kv_limit_bytes,
-                    since_s=place.since_s,
-                    failures=place.failures,
-                    quarantine_s=max(0.0, (place.due_s or now) - now) if place.state is PlaceState.QUARANTINED else None,
-                    why=place.why if place.failures or place.state in (PlaceState.FAILED, PlaceState.ABSENT) else "",
-                )
-                for place in places
-            ),
+            replicas=tuple([place.view(now) for place in places]),
             waiting=dispatcher.waiting() if cell is None else waiting,
             demands=dispatcher.demand_views(now, None if cell is None else names),
         )

@@ -16,7 +16,7 @@ from chimera.core.replica import Epoch, ReplicaId
 from chimera.core.request import Request
 from chimera.core.snapshot import Demand
 from chimera.msg.actions import Abort, Action, Reject, RejectCode, Requeue, Route
-from chimera.msg.events import Outcome, RequestFinished
+from chimera.msg.events import ANSWERED, RequestFinished
 from chimera.sched.cost import CostTable, EngineCost
 from chimera.sched.demand import Counter
 from chimera.sched.fleet import Fleet, Orphan
@@ -58,7 +58,7 @@ class Dispatcher:
         self.demands: dict[str, Counter] = {}
         self.paces: dict[str, Pace] = {}
         self._queues: dict[str, Queue] = {}
-        """The held requests of each model that somebody waits for."""
+        """The held requests of each model that somebody waits for; none is empty."""
         self._held: OrderedDict[str, Held] = OrderedDict()
         """All that is held, the longest-held first."""
         self._strict: dict[str, float] = {}
@@ -112,17 +112,15 @@ class Dispatcher:
         counter = self.demands.get(model)
         if counter is None:
             return None
-        placed = sum(len(place.routed) for place in self._fleet.places_of(model))
-        return counter.view(now, waiting=self.waiting_for(model), waited_s=self._waited_s(model, now), open=placed)
+        placed = sum([len(place.routed) for place in self._fleet.places_of(model)])
+        queue = self._queues.get(model)
+        waiting, waited_s = (0, 0.0) if queue is None else (len(queue), now - queue.turn(now)[1])
+        return counter.view(now, waiting=waiting, waited_s=waited_s, open=placed)
 
     def demand_views(self, now: float, models: Iterable[str] | None = None) -> dict[str, Demand]:
         """Of those models, or of all; who was never asked for is left out."""
         known = self.demands if models is None else models
         return {model: demand for model in known if (demand := self.demand(model, now)) is not None}
-
-    def _waited_s(self, model: str, now: float) -> float:
-        queue = self._queues.get(model)
-        return now - queue.turn(now)[1] if queue else 0.0
 
     def requests_of(self, front: str) -> list[str]:
         held = [h.request.request_id for h in self._held.values() if h.request.front == front]
@@ -164,14 +162,15 @@ class Dispatcher:
         return [_abort(request_id, replica, routed.epoch, "its client left")]
 
     def finished(self, event: RequestFinished, now: float) -> list[Action]:
-        replica = self._where.get(event.request_id)
+        replica = self._where.pop(event.request_id, None)
         if replica is None:
             return []
         place = self._fleet.places[replica]
-        self._forget(event.request_id)
-        if event.outcome in (Outcome.STOP, Outcome.LENGTH):
-            if replica.model in self.demands:
-                self.demands[replica.model].ended(event.output_tokens, now)
+        del place.routed[event.request_id]
+        if event.outcome in ANSWERED:
+            demand = self.demands.get(replica.model)
+            if demand is not None:
+                demand.ended(event.output_tokens, now)
             self._pace(replica.model).end(now, len(self._fleet.serving(replica.model)))
             if event.replica == replica and event.epoch == place.epoch:
                 place.prove()
@@ -197,8 +196,7 @@ class Dispatcher:
             return _reject(request, RejectCode.MODEL_UNAVAILABLE, f"{model} fits on none of the GPUs that are here")
         if places and not any(place.promising for place in places):
             return self._hopeless(request, places, now)
-        ahead = self._ahead(model)
-        if request.tries == 0 and ahead >= fleet.limits.queue_per_model:
+        if request.tries == 0 and (ahead := self._ahead(model)) >= fleet.limits.queue_per_model:
             wait_s = self._wait_s(model)
             reason = f"{ahead} requests for {model} wait already ({len(fleet.serving(model))} replicas, about {wait_s:.1f} s)"
             return _reject(request, RejectCode.QUEUE_FULL, reason, retry_after_s=wait_s, queue_position=ahead + 1)
@@ -239,7 +237,7 @@ class Dispatcher:
         return _reject(request, RejectCode.MODEL_UNAVAILABLE, reason, retry_after_s=wait_s)
 
     def _ahead(self, model: str) -> int:
-        return self.waiting_for(model) + sum(place.overflow for place in self._fleet.places_of(model))
+        return self.waiting_for(model) + sum([place.overflow for place in self._fleet.places_of(model)])
 
     def _wait_s(self, model: str) -> float:
         """How long one more request of the model would wait: the queue ahead times the pace, over the replicas."""
@@ -269,12 +267,13 @@ class Dispatcher:
 
     def _route(self, request: Request, place: Place, now: float) -> Route:
         assert place.agent is not None and place.epoch is not None
-        if not any(p.routed for p in self._fleet.places_of(request.model)):
+        if not place.routed and not any(p.routed for p in self._fleet.places_of(request.model)):
             self._pace(request.model).begin(now)
-        reason = f"{len(place.routed)} requests before it on {place.replica}, which takes {place.credits} at a time"
-        place.routed[request.request_id] = Routed(request=request, epoch=place.epoch)
-        self._where[request.request_id] = place.replica
-        return Route(request=request, replica=place.replica, agent=place.agent, reason=reason)
+        replica, routed = place.seat.replica, place.routed
+        reason = f"{len(routed)} requests before it on {replica}, which takes {place.credits} at a time"
+        routed[request.request_id] = Routed(request=request, epoch=place.epoch)
+        self._where[request.request_id] = replica
+        return Route(request=request, replica=replica, agent=place.agent, reason=reason)
 
     # Those that wait.
 
@@ -392,10 +391,16 @@ class Dispatcher:
         return None if replica is None else self._fleet.places[replica].routed.pop(request_id)
 
     def _pace(self, model: str) -> Pace:
-        return self.paces.setdefault(model, Pace())
+        pace = self.paces.get(model)
+        if pace is None:
+            pace = self.paces[model] = Pace()
+        return pace
 
     def _demand(self, model: str) -> Counter:
-        return self.demands.setdefault(model, Counter())
+        demand = self.demands.get(model)
+        if demand is None:
+            demand = self.demands[model] = Counter()
+        return demand
 
     # Memory.
 

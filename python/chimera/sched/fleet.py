@@ -80,15 +80,15 @@ class Fleet:
         """Many requests are with a replica of theirs: news too, but nobody waits for a place."""
         self._having: dict[int, list[str]] = {}
         """The agents that have each GPU: one, but while a GPU changes hands."""
-        self._awaited: dict[str, Agent] = {}
+        self.awaited: dict[str, Agent] = {}
         """Those that are away and whose requests still wait for them."""
         self._by_model: dict[str, list[Place]] = {}
         self._on_gpu: dict[int, list[Place]] = {}
         self._prices: dict[str, EngineCost] = {}
         self._prices_of: CostTable | None = None
-        self._timed: set[ReplicaId] = set()
-        """The places with a `due_s`; few."""
-        self._due_s: float | None = None
+        self._timed: dict[ReplicaId, float] = {}
+        """The `due_s` of the places that have one; few."""
+        self.due_s: float | None = None
         """The soonest of them."""
 
     # What is wanted.
@@ -135,14 +135,15 @@ class Fleet:
         return self._by_model.get(model, [])
 
     def serving(self, model: str) -> list[Place]:
-        return [place for place in self.places_of(model) if place.state is PlaceState.SERVING]
+        serving = PlaceState.SERVING
+        return [place for place in self._by_model.get(model, ()) if place.state is serving]
 
     def on_gpu(self, gpu_id: int) -> list[Place]:
         return self._on_gpu.get(gpu_id, [])
 
     def at_work_beside(self, place: Place) -> int:
         """How many other replicas have requests on its GPUs."""
-        return len({p.replica for g in place.seat.gpu_ids for p in self._on_gpu[g] if p is not place and p.routed})
+        return len({p.seat.replica for g in place.seat.gpu_ids for p in self._on_gpu[g] if p.routed and p is not place})
 
     def gpus(self) -> Iterator[Gpu]:
         """Those that are here."""
@@ -206,12 +207,9 @@ class Fleet:
         """Its requests wait until then for it to come back, or no longer."""
         agent.requests_due_s = requests_due_s
         if requests_due_s is None:
-            self._awaited.pop(agent.name, None)
+            self.awaited.pop(agent.name, None)
         else:
-            self._awaited[agent.name] = agent
-
-    def awaited(self) -> Sequence[Agent]:
-        return tuple(self._awaited.values())
+            self.awaited[agent.name] = agent
 
     def holder(self, gpu_id: int) -> Agent | None:
         """The agent that has the GPU, here or away."""
@@ -233,47 +231,36 @@ class Fleet:
         for gpu_id in place.seat.gpu_ids:
             self._on_gpu[gpu_id].remove(place)
         self._by_model[place.replica.model].remove(place)
-        if place.replica in self._timed:
-            self._timed.discard(place.replica)
-            self._find_due()
+        self._time(place.replica, None)
 
     def enter(self, place: Place, state: PlaceState, now: float, *, due_s: float | None = None) -> None:
         place.enter(state, now, due_s=due_s)
         self.note_due(place)
 
     def note_due(self, place: Place) -> None:
-        if place.due_s is not None:
-            self._timed.add(place.replica)
-        elif place.replica in self._timed:
-            self._timed.discard(place.replica)
-        else:
-            return
-        self._find_due()
+        self._time(place.replica, place.due_s)
 
-    def _find_due(self) -> None:
-        dues = (self.places[replica].due_s for replica in self._timed)
-        self._due_s = min((due_s for due_s in dues if due_s is not None), default=None)
+    def _time(self, replica: ReplicaId, due_s: float | None) -> None:
+        if due_s is not None:
+            self._timed[replica] = due_s
+        elif self._timed.pop(replica, None) is None:
+            return
+        self.due_s = min(self._timed.values(), default=None)
 
     @property
     def timed(self) -> int:
         """How many places have something that has to be done about them at a known time."""
         return len(self._timed)
 
-    @property
-    def due_s(self) -> float | None:
-        """The soonest of those times."""
-        return self._due_s
-
     def due_by(self, now: float) -> list[Place]:
-        places = (self.places[replica] for replica in sorted(self._timed))
-        return [place for place in places if place.due_s is not None and place.due_s <= now]
+        return [self.places[replica] for replica in sorted(replica for replica, due_s in self._timed.items() if due_s <= now)]
 
     def check(self) -> None:
         """Raises if an invariant of this module does not hold."""
         dues = [place.due_s for place in self.places.values() if place.due_s is not None]
-        assert self._due_s == min(dues, default=None), "somebody is due sooner than is known"
+        assert self.due_s == min(dues, default=None), "somebody is due sooner than is known"
         for place in self.places.values():
-            assert (place.due_s is not None) == (place.replica in self._timed), f"{place.replica} is due without a time"
+            assert place.due_s == self._timed.get(place.replica), f"{place.replica} is due at another time than is known"
             if place.state is PlaceState.SERVING:
                 assert place.epoch is not None and place.agent == self.agent_in_life(place.epoch), f"{place.replica} is stale"
             assert place.ended is None or place.epoch is None or place.epoch > place.ended, f"{place.replica} lives twice"

@@ -34,9 +34,9 @@ from chimera.msg.actions import (
     Route,
 )
 from chimera.msg.events import (
+    ANSWERED,
     ActivationFailed,
     Event,
-    Outcome,
     ReplicaFound,
     ReplicaReady,
     ReplicaStopped,
@@ -98,9 +98,11 @@ class GpuScheduler:
             case RequestFinished():
                 return self._finished(event, now)
             case Route():
-                return self._arrived(event.request, event.replica, now)
+                return self.arrived(event.request, event.replica, now)
+            case Woke():
+                return self._admit_all(now) if self.turns.paced else []
             case RequestArrived():
-                return self._arrived(event.request, least_loaded(self.tenants(), event.request.model), now)
+                return self.arrived(event.request, least_loaded(self.tenants(), event.request.model), now)
             case RequestCancelled() | Abort():
                 return self._cancelled(event.request_id)
             case Activate():
@@ -119,8 +121,6 @@ class GpuScheduler:
                 return self._worker_lost(event)
             case RoomChanged():
                 self.turns.room_told(event.kv_bytes)
-                return self._admit_all(now) if self.turns.paced else []
-            case Woke():
                 return self._admit_all(now) if self.turns.paced else []
             case _:
                 return []
@@ -301,7 +301,7 @@ class GpuScheduler:
 
     # Requests.
 
-    def _arrived(self, request: Request, replica: ReplicaId | None, now: float) -> list[Action]:
+    def arrived(self, request: Request, replica: ReplicaId | None, now: float) -> list[Action]:
         if request.request_id in self._where:
             return []
         tenant = None if replica is None else self._tenants.get(replica)
@@ -330,7 +330,7 @@ class GpuScheduler:
             return []
         tenant.give_back(event.request_id)
         del self._where[event.request_id]
-        if event.outcome in (Outcome.STOP, Outcome.LENGTH):
+        if event.outcome in ANSWERED:
             tenant.answered(event.output_tokens)
         return self._admit(tenant, now)
 
@@ -356,12 +356,14 @@ class GpuScheduler:
 
     def _admit_all(self, now: float) -> list[Action]:
         """Everyone whose turn it is, whoever makes way for others, and whoever has stood still for long enough."""
-        if not self._waiting and all(tenant.standing_until_s is None for tenant in self._tenants.values()):
+        if not self._waiting and not self.turns.standing():
             self.turns.wake_s = None
             return []
         done: list[Action] = [self._resume(tenant, "its time to stand still is over") for tenant in self.turns.go_on(now)]
         if self._waiting:
-            done += [action for tenant in self.tenants() if len(tenant.queue) for action in self._turn_away(tenant, now)]
+            for waited_for in self._tenants.values():
+                if len(waited_for.queue):
+                    done += self._turn_away(waited_for, now)
         while self._waiting and (tenant := self.turns.next(now)) is not None:
             done += self._give_its_turn(tenant, now)
         if not self._waiting:
@@ -413,23 +415,26 @@ class GpuScheduler:
         tenant.standing_until_s = None
         return [self._resume(tenant, reason)]
 
-    def _turn_away(self, tenant: Tenant, now: float) -> Iterator[Action]:
-        """Those of the strict that cannot be in time, with the moment from which one like them could be."""
+    def _turn_away(self, tenant: Tenant, now: float) -> list[Action]:
+        """Those of the strict that cannot be in time."""
         begin_s = self.turns.begin_s(tenant, now)
-        for request in tenant.queue.hopeless(begin_s):
-            self._unqueue(request.request_id, tenant)
-            seconds, promise_s = tenant.prefill_s(request), request.slo.ttft_s or 0.0
-            free_s = begin_s - now + tenant.queue.backlog_s()
-            reason = f"its first token cannot come within {promise_s:g} s: {len(tenant.queue)} wait for {tenant.replica}"
-            if seconds > promise_s:
-                reason = f"its prompt alone takes {seconds:.2f} s, and its first token is due within {promise_s:g} s"
-            yield Reject(
-                request_id=request.request_id,
-                front=request.front,
-                code=RejectCode.SLO_UNATTAINABLE,
-                retry_after_s=None if seconds > promise_s else max(seconds, free_s + seconds - promise_s),
-                reason=reason,
-            )
+        return [self._too_late(request, tenant, begin_s - now) for request in tenant.queue.hopeless(begin_s)]
+
+    def _too_late(self, request: Request, tenant: Tenant, begins_in_s: float) -> Reject:
+        """With the moment from which one like it could be in time."""
+        self._unqueue(request.request_id, tenant)
+        seconds, promise_s = tenant.prefill_s(request), request.slo.ttft_s or 0.0
+        free_s = begins_in_s + tenant.queue.backlog_s()
+        reason = f"its first token cannot come within {promise_s:g} s: {len(tenant.queue)} wait for {tenant.replica}"
+        if seconds > promise_s:
+            reason = f"its prompt alone takes {seconds:.2f} s, and its first token is due within {promise_s:g} s"
+        return Reject(
+            request_id=request.request_id,
+            front=request.front,
+            code=RejectCode.SLO_UNATTAINABLE,
+            retry_after_s=None if seconds > promise_s else max(seconds, free_s + seconds - promise_s),
+            reason=reason,
+        )
 
     def _requeue_waiting(self, tenant: Tenant, reason: str) -> list[Action]:
         waiting = list(tenant.queue)

@@ -147,14 +147,14 @@ class Lives:
         """What was to happen by now, with replicas and for the requests of agents that are away."""
         for place in self._fleet.due_by(now):
             yield from self._due(place, now)
-        for agent in self._fleet.awaited():
+        for agent in list(self._fleet.awaited.values()):
             if agent.requests_due_s is not None and agent.requests_due_s <= now:
                 yield from self._give_up_routed(agent, set(), "its agent was lost and has not come back")
 
     def due_s(self) -> float | None:
         """The soonest of them."""
         soonest = self._fleet.due_s
-        for agent in self._fleet.awaited():
+        for agent in self._fleet.awaited.values():
             if agent.requests_due_s is not None and (soonest is None or agent.requests_due_s < soonest):
                 soonest = agent.requests_due_s
         return soonest

@@ -99,11 +99,22 @@ class NodeScheduler:
         return [*actions, WakeAt(at_s=soonest, reason="an engine should be through its prompts")]
 
     def _decide(self, event: NodeInput, now: float) -> list[Action]:
-        match event:
-            case Activate():
-                return self._activate(event, now)
+        match event:  # what comes with every request first
             case Route():
                 return self._arrived(event.request, event.replica, now)
+            case (
+                RequestFinished()
+                | Deactivate()
+                | ReplicaStopped()
+                | ActivationFailed()
+                | WorkerLost()
+                | PagesWanted()
+                | PagesReturned()
+            ):
+                home = None if event.replica is None else self._home(event.replica)
+                return [] if home is None else home.on(event, now)
+            case Activate():
+                return self._activate(event, now)
             case RequestArrived():
                 return self._arrived(event.request, least_loaded(self.tenants(), event.request.model), now)
             case RequestCancelled() | Abort():
@@ -125,17 +136,6 @@ class NodeScheduler:
             case ReplicaReady():
                 self._learn_activation(event)
                 home = self._home(event.replica)
-                return [] if home is None else home.on(event, now)
-            case (
-                Deactivate()
-                | RequestFinished()
-                | ReplicaStopped()
-                | ActivationFailed()
-                | WorkerLost()
-                | PagesWanted()
-                | PagesReturned()
-            ):
-                home = None if event.replica is None else self._home(event.replica)
                 return [] if home is None else home.on(event, now)
             case _:
                 return []
@@ -192,7 +192,7 @@ class NodeScheduler:
         if home is None or replica is None:
             reason = f"{replica or request.model} is not on agent {self.agent}"
             return [Requeue(request_id=request.request_id, front=request.front, reason=reason)]
-        return home.on(Route(request=request, replica=replica, agent=self.agent, reason=""), now)
+        return home.arrived(request, replica, now)
 
     def _order_by(self, local: str, now: float) -> list[Action]:
         if local not in LOCAL_POLICIES:

@@ -18,6 +18,7 @@ from chimera.core.placement import Seat
 from chimera.core.record import Alternative
 from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.request import Request
+from chimera.core.snapshot import ReplicaView
 
 QUARANTINE_AFTER = 3
 """Failed lives in a row before a replica is left alone for a while."""
@@ -40,7 +41,12 @@ _SHOWN_AS = {
     PlaceState.LOADING: ReplicaState.LOADING,
     PlaceState.SERVING: ReplicaState.SERVING,
     PlaceState.LEAVING: ReplicaState.DRAINING,
+    PlaceState.ABSENT: ReplicaState.STOPPED,
+    PlaceState.QUARANTINED: ReplicaState.STOPPED,
+    PlaceState.FAILED: ReplicaState.STOPPED,
 }
+_UNWELL = (PlaceState.FAILED, PlaceState.ABSENT)
+_COMING = (PlaceState.SERVING, PlaceState.LOADING, PlaceState.LEAVING)
 
 
 class Routed(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,23 +97,31 @@ class Place(msgspec.Struct, kw_only=True):
     @property
     def promising(self) -> bool:
         """Whether a request held for it will be served, or told otherwise at a known time."""
-        match self.state:
-            case PlaceState.LOADING | PlaceState.SERVING | PlaceState.LEAVING:
-                return True
-            case PlaceState.ABSENT:
-                return self.due_s is not None
-            case PlaceState.QUARANTINED | PlaceState.FAILED:
-                return False
+        return self.state in _COMING or (self.state is PlaceState.ABSENT and self.due_s is not None)
 
     def retry_after_s(self, now: float) -> float:
         """When a quarantined replica may serve again: the rest of its quarantine, and a load."""
         rest_s = 0.0 if self.due_s is None else max(0.0, self.due_s - now)
         return rest_s + (self.load_s or FIRST_BACKOFF_S)
 
-    @property
-    def replica_state(self) -> ReplicaState:
+    def view(self, now: float) -> ReplicaView:
         """For readers of the snapshot."""
-        return _SHOWN_AS.get(self.state, ReplicaState.STOPPED)
+        seat, state, sent = self.seat, self.state, len(self.routed)
+        running = min(sent, self.credits)
+        return ReplicaView(
+            replica=seat.replica,
+            epoch=self.epoch,
+            state=_SHOWN_AS[state],
+            gpu_ids=seat.gpu_ids,
+            running=running,
+            queued=sent - running,
+            kv_tokens=self.kv_tokens,
+            kv_limit_bytes=seat.kv_limit_bytes,
+            since_s=self.since_s,
+            failures=self.failures,
+            quarantine_s=max(0.0, (self.due_s or now) - now) if state is PlaceState.QUARANTINED else None,
+            why=self.why if self.failures or state in _UNWELL else "",
+        )
 
     def enter(self, state: PlaceState, now: float, *, due_s: float | None = None) -> None:
         self.state, self.since_s, self.due_s = state, now, due_s

@@ -7,7 +7,7 @@ An order of the operator's holds until the policy decides anew, which goes on fr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from msgspec.structs import replace
 
@@ -221,14 +221,15 @@ class Plan:
 
     # A request's word.
 
-    def asked_for(self, request: Request, now: float) -> Iterator[Action]:
+    def asked_for(self, request: Request, now: float) -> Iterable[Action]:
         """A model that was let go comes back to where it stood."""
         self.stays.heard(request)
         seats = self.resting.pop(request.model, ())
-        if seats:
-            reasons = dict.fromkeys((seat.replica for seat in seats), "it had been let go, and a request has come for it")
-            wanted = Placement((*self._fleet.wanted.seats, *seats))
-            yield from self._want(Decision(placement=wanted, reasons=reasons), now)
+        if not seats:
+            return ()
+        reasons = dict.fromkeys((seat.replica for seat in seats), "it had been let go, and a request has come for it")
+        wanted = Placement((*self._fleet.wanted.seats, *seats))
+        return self._want(Decision(placement=wanted, reasons=reasons), now)
 
     def end_stays(self, now: float) -> Iterator[Action]:
         for model in self.stays.ending(now):

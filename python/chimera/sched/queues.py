@@ -106,10 +106,6 @@ NO_PROMISE_S = 60.0
 Entry = tuple[float, int, Request]
 
 
-def _due(entry: Entry) -> float:
-    return entry[0]
-
-
 Prefill = Callable[[Request], float]
 """How long a request's prefill takes on the replica that the queue is for."""
 
@@ -206,12 +202,16 @@ class MooreHodgson(Slack):
         return entry[2] if entry is not None and entry[2].slo.ttft_s is not None else None
 
     def turn(self, now: float) -> tuple[bool, float]:
-        start = bisect_left(self._order, now, key=_due)
+        start = self._first_due(now)
         return (False, self._order[start][0]) if start < len(self._order) else (True, self._oldest()[2].arrived_s)
 
     def _oldest(self) -> Entry:
         """Deadlines differ by promise only, so the oldest is among the first of them."""
         return min(self._order[:LOOKED_AT], key=lambda entry: (entry[2].arrived_s, entry[1]))
+
+    def _first_due(self, now: float) -> int:
+        """Where those begin whose deadline is not over."""
+        return bisect_left(self._order, (now,))  # less than every entry of that deadline
 
     def _first_in_time(self, now: float) -> Entry | None:
         window, put_off = self._weigh(now)
@@ -222,14 +222,14 @@ class MooreHodgson(Slack):
         if not self._strict:
             return []
         window, put_off = self._weigh(begin_s)
-        late = self._order[: min(LOOKED_AT, bisect_left(self._order, begin_s, key=_due))]
+        late = self._order[: min(LOOKED_AT, self._first_due(begin_s))]
         found = [*late, *(window[position] for position in sorted(put_off))]
         return [request for _, _, request in found if is_strict(request)]
 
     def _weigh(self, now: float) -> tuple[list[Entry], set[int]]:
         """The earliest deadlines that can be met, and which of them are put off."""
         # Entries that are late whatever happens are passed over before any is weighed.
-        start = bisect_left(self._order, now, key=_due)
+        start = self._first_due(now)
         window = self._order[start : start + LOOKED_AT]
         clock_s = now
         taken: list[tuple[int, float, int]] = []

@@ -15,6 +15,8 @@ from chimera.msg.events import ReplicaReady
 from chimera.sched.cost import CostTable, EngineCost
 from chimera.sched.queues import Queue, deadline_s, queue_named
 
+SERVING = ReplicaState.SERVING
+"""By a name of its own: an enum's attribute takes as long as a call."""
 OUTPUT_MEMORY = 0.9
 GENEROUS = 2.0
 """An answer is taken to become up to this many times as long as answers were of late, and at most as long as it may."""
@@ -160,7 +162,9 @@ class Tenant:
 
     @property
     def free_credits(self) -> int:
-        return self.credits - len(self.running) if self.state is ReplicaState.SERVING else 0
+        if self.ready is None or self.state is not SERVING:
+            return 0
+        return self.ready.credits - len(self.running)
 
     def memory(self) -> TenantState:
         return TenantState(

@@ -81,7 +81,7 @@ class Turns:
             self._room_bytes += self.costs.resident_bytes(tenant.model)
 
     def _held_bytes(self) -> int:
-        return sum(t.model.kv_bytes(t.needs_tokens) for t in self._tenants.values())
+        return sum([t.model.kv_bytes(t.needs_tokens) for t in self._tenants.values()])
 
     # Turns.
 
@@ -91,7 +91,7 @@ class Turns:
         waiting = self._waiting()
         if not waiting:
             return None
-        moments = (moment_s for t in waiting if (moment_s := t.busy_until_s - AHEAD_S) > now)
+        moments = [moment_s for t in waiting if (moment_s := t.busy_until_s - AHEAD_S) > now]
         self.wake_s = min(moments, default=None)
         if self._passed >= LATE_TURN and any(t.queue.turn(now)[0] for t in waiting):
             oldest = min(waiting, key=lambda t: (not t.queue.turn(now)[0], t.queue.turn(now)[1], t.replica))
@@ -99,11 +99,13 @@ class Turns:
                 return None  # the others have had their turns
             self._passed = 0
             return oldest
-        order = sorted(waiting, key=lambda t: (*t.queue.turn(now), t.replica)) if len(waiting) > 1 else waiting
-        chosen = next((t for t in order if self._may_take(t, now)), None)
-        if chosen is not None:
-            self._passed += 1
-        return chosen
+        if len(waiting) > 1:
+            waiting.sort(key=lambda t: (*t.queue.turn(now), t.replica))
+        for tenant in waiting:
+            if self._may_take(tenant, now):
+                self._passed += 1
+                return tenant
+        return None
 
     def gave(self, tenant: Tenant, request: Request, now: float) -> None:
         if tenant.cost is not None:
@@ -221,6 +223,9 @@ class Turns:
                 other.standing_until_s, other.stands_s = now + for_s, now + for_s + MOST_STANDING_S
                 still.append((other, for_s))
         return still
+
+    def standing(self) -> list[Tenant]:
+        return [t for t in self._tenants.values() if t.standing_until_s is not None]
 
     def go_on(self, now: float) -> list[Tenant]:
         """Who has stood still for long enough."""

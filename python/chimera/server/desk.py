@@ -16,7 +16,7 @@ import msgspec
 from chimera.core.measures import GAP_S, Steps
 from chimera.errors import RequestError
 from chimera.msg.actions import Reject, Requeue
-from chimera.msg.events import Outcome
+from chimera.msg.events import ANSWERED, Outcome
 from chimera.msg.stream import Cancel, Failed, StandingTold, TokenDelta, Tokens
 from chimera.server.answer import Answer
 from chimera.wire.codec import Message
@@ -178,7 +178,7 @@ class Desk:
             self._loop.call_later(self._patience.worker_s, self._end_orphans, worker)
 
     def _end(self, answer: Answer, delta: TokenDelta, outcome: Outcome) -> None:
-        if outcome in (Outcome.STOP, Outcome.LENGTH):
+        if outcome in ANSWERED:
             self._remove(answer)
             answer.take_last(delta, outcome)
         else:

@@ -18,7 +18,7 @@ class Clock:
 
     def at(self, at_s: float, happen: Callable[[], None]) -> None:
         self._sequence += 1
-        heappush(self._heap, (max(at_s, self.now), self._sequence, happen))
+        heappush(self._heap, (at_s if at_s > self.now else self.now, self._sequence, happen))
 
     def step(self) -> bool:
         """The next thing happens; whether there was one."""

@@ -104,7 +104,6 @@ class Cluster:
         self._reading = False
         self._control_wake_s: float | None = None
         self._sent = 0
-        self._missed = 0
         self._made: dict[str, int] = {}
         """Tokens that lost engines had made, by request, until their front-end is asked to bring it again."""
         self.agents = self._make_agents(gpus, local)
@@ -154,10 +153,10 @@ class Cluster:
     def open(self) -> int:
         return len(self._open)
 
-    def missed(self) -> int:
-        """Requests that have missed a promise for good: those that ended so, and open ones whose first token is late."""
-        late = (o for o in self._open.values() if o.first_token_s is None and o.slo.ttft_s is not None)
-        return self._missed + sum(self.clock.now - o.request.arrived_s > o.slo.ttft_s for o in late)  # type: ignore[operator]
+    def late(self) -> int:
+        """Open requests whose first token comes too late, if it comes."""
+        waiting = (o for o in self._open.values() if o.first_token_s is None and o.slo.ttft_s is not None)
+        return sum(self.clock.now - o.request.arrived_s > o.slo.ttft_s for o in waiting)  # type: ignore[operator]
 
     def _close(self, request_id: str, *, last_token_s: float | None = None, refusal: str = "") -> None:
         opened = self._open.pop(request_id)
@@ -174,7 +173,6 @@ class Cluster:
             last_token_s=None if last_token_s is None else last_token_s + overhead_s,
             refusal=refusal,
         )
-        self._missed += not story.keeps_both
         self._told(story)
 
     def _again(self, request_id: str, emitted: int, *, lost: bool = False, preempted: bool = False) -> None:

@@ -54,6 +54,10 @@ class Doing(enum.Enum):
     DECODE = 2
 
 
+NOTHING, PREFILL, DECODE = Doing
+"""By names of their own: an enum's attribute takes as long as a call."""
+
+
 class SimEngine:
     def __init__(
         self,
@@ -96,9 +100,11 @@ class SimEngine:
         self._final_tokens = 0
         """The most cache that all let in may need."""
         self._kv_bytes = 0
+        self._token_bytes = model.kv_bytes_per_token
+        self._stripe_bytes = costs.stripe_bytes
         self._entered = 0
         self._step = 0
-        self._doing = Doing.NOTHING
+        self._doing: Doing = NOTHING
         self._batch: list[tuple[Sequence, int]] = []
         self._leap = 0
         self._work_s = 0.0
@@ -186,9 +192,9 @@ class SimEngine:
         sequence = Sequence(request)
         self._sequences[request.request_id] = sequence
         self._waiting.append(sequence)
-        if self._doing is Doing.NOTHING:
+        if self._doing is NOTHING:
             self._next()
-        elif self._doing is Doing.DECODE and len(self._waiting) == 1 and self._can_enter(sequence):
+        elif self._doing is DECODE and len(self._waiting) == 1 and self._can_enter(sequence):
             self._cut_leap()
 
     def abort(self, request_id: str) -> None:
@@ -213,12 +219,12 @@ class SimEngine:
     def pause(self) -> None:
         """Take no step after the one that is being made."""
         self._paused = True
-        if self._doing is Doing.DECODE:
+        if self._doing is DECODE:
             self._cut_leap()
 
     def resume(self) -> None:
         self._paused = False
-        if self._doing is Doing.NOTHING and self.serving and not self.dead:
+        if self._doing is NOTHING and self.serving and not self.dead:
             self._next()
 
     def made(self) -> dict[str, int]:
@@ -258,8 +264,8 @@ class SimEngine:
         return all(gpu.free_bytes >= extra for gpu in self.gpus)
 
     def _stripes(self, tokens: int) -> int:
-        stripe = self.costs.stripe_bytes
-        return -(-tokens * self.model.kv_bytes_per_token // stripe) * stripe
+        stripe = self._stripe_bytes
+        return -(-tokens * self._token_bytes // stripe) * stripe
 
     def _hold(self, tokens: int) -> None:
         """Takes or gives back whole stripes, so that all who were let in have room to the end."""
@@ -286,15 +292,15 @@ class SimEngine:
             return
         if not self.serving:
             self._load()
-        elif self._doing is Doing.NOTHING:
+        elif self._doing is NOTHING:
             self._next()
-        elif self._doing is Doing.DECODE and self._waiting and self._can_enter(self._waiting[0]):
+        elif self._doing is DECODE and self._waiting and self._can_enter(self._waiting[0]):
             self._cut_leap()
 
     def change_pace(self) -> None:
         """A neighbour has come or gone: the same work ends at another time."""
         self._count()
-        self._pace = max(gpu.slowdown() for gpu in self.gpus)
+        self._pace = max([gpu.slowdown() for gpu in self.gpus])
         self._arrange()
 
     def _next(self) -> None:
@@ -305,27 +311,23 @@ class SimEngine:
         if self._paused:
             self._stand_still()
             return
-        batch = self._prefill_batch()
+        batch = self._prefill_batch() if self._waiting else []
         now = self._clock.now
         if batch:
-            self._batch = batch
             work_s = self.cost.prefill_step_s
             for sequence, tokens in batch:
                 work_s += self.cost.prefill_s(tokens, sequence.prefilled) - self.cost.prefill_step_s
-            self._begin(Doing.PREFILL, work_s, now)
+            self._begin(PREFILL, work_s, now)
         elif self._running:
             self._leap = self._ends[0][0] - self._step
-            self._begin(Doing.DECODE, self.cost.decodes_s(self._running, self._context_tokens, self._leap), now)
+            self._begin(DECODE, self.cost.decodes_s(self._running, self._context_tokens, self._leap), now)
         else:
             self._stand_still()
 
     def _prefill_batch(self) -> list[tuple[Sequence, int]]:
         batch: list[tuple[Sequence, int]] = []
-        if not self._waiting:
-            self._batch = batch
-            return batch
-        left = self.costs.chunk_tokens
         self._batch = batch
+        left = self.costs.chunk_tokens
         while self._waiting and left > 0:
             sequence = self._waiting[0]
             if not self._can_enter(sequence):
@@ -347,15 +349,15 @@ class SimEngine:
     def _begin(self, doing: Doing, work_s: float, now: float) -> None:
         was = self._doing
         self._doing, self._work_s, self._done_s, self._since_s = doing, work_s, 0.0, now
-        if was is Doing.NOTHING:
+        if was is NOTHING:
             for gpu in self.gpus:
                 gpu.set_working(self, True, now)
-            self._pace = max(gpu.slowdown() for gpu in self.gpus)
+            self._pace = max([gpu.slowdown() for gpu in self.gpus])
         self._arrange()
 
     def _stand_still(self) -> None:
-        if self._doing is not Doing.NOTHING:
-            self._doing = Doing.NOTHING
+        if self._doing is not NOTHING:
+            self._doing = NOTHING
             for gpu in self.gpus:
                 gpu.set_working(self, False, self._clock.now)
 
@@ -385,9 +387,9 @@ class SimEngine:
         if self._between:
             return
         self._count()
-        if self._doing is Doing.DECODE:
+        if self._doing is DECODE:
             self._advance(self.cost.decodes_within(self._running, self._context_tokens, self._done_s))
-        elif self._doing is Doing.PREFILL:
+        elif self._doing is PREFILL:
             for sequence, _ in reversed(self._batch):
                 if sequence not in self._waiting:
                     self._waiting.appendleft(sequence)
@@ -403,7 +405,7 @@ class SimEngine:
         if plan != self._plan or self.dead:
             return
         self._between = True
-        if self._doing is Doing.PREFILL:
+        if self._doing is PREFILL:
             self._prefill_ended()
         else:
             self._advance(self._leap)

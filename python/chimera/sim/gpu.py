@@ -46,7 +46,7 @@ class SimGpu:
             self.working.remove(engine)
             if not self.working:
                 self.busy_s += now - self._began_s
-        for neighbour in list(self.working):
+        for neighbour in self.working:
             if neighbour is not engine:
                 neighbour.change_pace()
 

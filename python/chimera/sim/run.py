@@ -128,7 +128,7 @@ def play(
     )
     for at_s, happen in script:
         cluster.clock.at(WARM_UP_S + at_s, lambda happen=happen: happen(cluster))  # type: ignore[misc]
-    _replay(cluster, rows, most_missed)
+    _replay(cluster, rows, tallies, most_missed)
     span_s = cluster.clock.now - WARM_UP_S
     cluster.close_open()
     cluster.end_spans()
@@ -156,7 +156,7 @@ def _on_trace_time(story: Story) -> Story:
     )
 
 
-def _replay(cluster: Cluster, rows: Iterable[Row], most_missed: int | None) -> None:
+def _replay(cluster: Cluster, rows: Iterable[Row], tallies: Tallies, most_missed: int | None) -> None:
     """Each row is asked for when the one before it is sent."""
     clock = cluster.clock
     coming = iter(rows)
@@ -178,7 +178,7 @@ def _replay(cluster: Cluster, rows: Iterable[Row], most_missed: int | None) -> N
         assert row is not None
         sent += 1
         if most_missed is not None and sent % LOOK_EVERY == 0:
-            hopeless = cluster.missed() > most_missed
+            hopeless = tallies.missed() + cluster.late() > most_missed
         expect()
         cluster.send(row)
 
