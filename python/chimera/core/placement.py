@@ -33,6 +33,8 @@ class Placement(msgspec.Struct, frozen=True):
 
     def diff(self, current: Placement) -> Difference:
         """From `current` to this placement. A replica on other GPUs is a start there and a stop here."""
+        if self.seats == current.seats:
+            return Difference()
         wanted = {seat.replica: seat for seat in self.seats}
         present = {seat.replica: seat for seat in current.seats}
         moved = {r for r in wanted.keys() & present.keys() if wanted[r].gpu_ids != present[r].gpu_ids}

@@ -111,11 +111,12 @@ class ControlScheduler:
 
     def on(self, event: ControlInput, now: float) -> list[Action]:
         actions = list(self._decide(event, now))
-        self._plan.stays.note(now, self._dispatcher.waiting_for)
-        self._plan.note_stir(now)
-        if self._plan.is_due(now):
-            actions += self._plan.review(self.snapshot, now)
-            self._plan.note_stir(now)
+        plan = self._plan
+        plan.stays.note(now, self._dispatcher.waiting_for)
+        plan.note_stir(now)
+        if plan.is_due(now):
+            actions += plan.review(self.snapshot, now)
+            plan.note_stir(now)
         wake = self._next_wake()
         return actions if wake is None else [*actions, wake]
 

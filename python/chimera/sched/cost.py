@@ -144,7 +144,7 @@ class EngineCost(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
     def prompt_s(self, tokens: int) -> float:
         """A whole prompt, in its chunks."""
-        chunks = max(1, -(-tokens // self.chunk_tokens))
+        chunks = -(-tokens // self.chunk_tokens) or 1
         return chunks * self.prefill_step_s + tokens * (self.prompt_token_s + tokens / 2 * self.prompt_pair_s)
 
     def request_s(self, prompt_tokens: float, output_tokens: float, batch: float) -> float:

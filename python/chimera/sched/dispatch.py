@@ -237,7 +237,9 @@ class Dispatcher:
         return _reject(request, RejectCode.MODEL_UNAVAILABLE, reason, retry_after_s=wait_s)
 
     def _ahead(self, model: str) -> int:
-        return self.waiting_for(model) + sum([place.overflow for place in self._fleet.places_of(model)])
+        """Those held, and those handed over that their engines cannot have taken yet."""
+        handed = [len(place.routed) - place.credits for place in self._fleet.places_of(model)]
+        return self.waiting_for(model) + sum([over for over in handed if over > 0])
 
     def _wait_s(self, model: str) -> float:
         """How long one more request of the model would wait: the queue ahead times the pace, over the replicas."""
@@ -254,7 +256,7 @@ class Dispatcher:
             return min(serving, key=lambda place: (len(place.routed), place.replica))
         demand = self._demand(model)
         tokens = demand.prompt_tokens + demand.output_tokens / 2
-        return min(serving, key=lambda place: (self._step_s(place, tokens, costs, cost), place.replica))
+        return min([(self._step_s(place, tokens, costs, cost), place.seat.replica, place) for place in serving])[2]
 
     def _step_s(self, place: Place, tokens: float, costs: CostTable, cost: EngineCost) -> float:
         """How long a step would take there with one request more, and how much longer those of its neighbours."""
@@ -262,7 +264,7 @@ class Dispatcher:
         context = round(batch * tokens)
         near = self._fleet.at_work_beside(place)
         harm = 0.0 if place.routed else near * cost.step_s
-        behind = place.overflow + 1 if batch > place.credits else 1
+        behind = max(1, batch - place.credits)
         return costs.slowdown(near + 1) * cost.decode_s(batch, context) * behind + harm
 
     def _route(self, request: Request, place: Place, now: float) -> Route:

@@ -143,7 +143,9 @@ class Fleet:
 
     def at_work_beside(self, place: Place) -> int:
         """How many other replicas have requests on its GPUs."""
-        return len({p.seat.replica for g in place.seat.gpu_ids for p in self._on_gpu[g] if p.routed and p is not place})
+        gpu_ids, on_gpu = place.seat.gpu_ids, self._on_gpu
+        near = [p.seat.replica for gpu_id in gpu_ids for p in on_gpu[gpu_id] if p.routed and p is not place]
+        return len(near) if len(gpu_ids) == 1 else len(set(near))
 
     def gpus(self) -> Iterator[Gpu]:
         """Those that are here."""

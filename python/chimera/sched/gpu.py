@@ -356,21 +356,22 @@ class GpuScheduler:
 
     def _admit_all(self, now: float) -> list[Action]:
         """Everyone whose turn it is, whoever makes way for others, and whoever has stood still for long enough."""
-        if not self._waiting and not self.turns.standing():
-            self.turns.wake_s = None
-            return []
-        done: list[Action] = [self._resume(tenant, "its time to stand still is over") for tenant in self.turns.go_on(now)]
-        if self._waiting:
-            for waited_for in self._tenants.values():
-                if len(waited_for.queue):
-                    done += self._turn_away(waited_for, now)
-        while self._waiting and (tenant := self.turns.next(now)) is not None:
+        turns = self.turns
+        done: list[Action] = []
+        if turns.standing():
+            done += [self._resume(tenant, "its time to stand still is over") for tenant in turns.go_on(now)]
+        elif not self._waiting:
+            turns.wake_s = None
+            return done
+        for waited_for in [t for t in self._tenants.values() if len(t.queue)]:
+            done += self._turn_away(waited_for, now)
+        while self._waiting and (tenant := turns.next(now)) is not None:
             done += self._give_its_turn(tenant, now)
         if not self._waiting:
-            self.turns.wake_s = None
-        elif (way := self.turns.make_way(now)) is not None:
+            turns.wake_s = None
+        elif (way := turns.make_way(now)) is not None:
             done.append(self._preempt(*way))
-        self.turns.note_standing()
+        turns.note_standing()
         return done
 
     def _give_its_turn(self, tenant: Tenant, now: float) -> Iterator[Action]:

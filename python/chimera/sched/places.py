@@ -89,12 +89,6 @@ class Place(msgspec.Struct, kw_only=True):
         return self.seat.replica
 
     @property
-    def overflow(self) -> int:
-        """Requests handed over that its engine cannot have taken yet."""
-        over = len(self.routed) - self.credits
-        return over if over > 0 else 0
-
-    @property
     def promising(self) -> bool:
         """Whether a request held for it will be served, or told otherwise at a known time."""
         return self.state in _COMING or (self.state is PlaceState.ABSENT and self.due_s is not None)

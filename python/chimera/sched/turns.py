@@ -109,7 +109,8 @@ class Turns:
 
     def gave(self, tenant: Tenant, request: Request, now: float) -> None:
         if tenant.cost is not None:
-            seconds = tenant.prefill_s(request) * self.slowdown(tenant) / self._duty(tenant)
+            slowdown = self.slowdown(tenant)
+            seconds = tenant.prefill_s(request) * slowdown / self._duty(tenant, slowdown)
             tenant.busy_until_s = max(now, tenant.busy_until_s) + seconds
 
     def begin_s(self, tenant: Tenant, now: float) -> float:
@@ -152,12 +153,12 @@ class Turns:
         held = self._held_bytes() - tenant.model.kv_bytes(tenant.needs_tokens)
         return held + tenant.model.kv_bytes(wanted_tokens) <= self._room_bytes
 
-    def _duty(self, tenant: Tenant) -> float:
+    def _duty(self, tenant: Tenant, slowdown: float) -> float:
         """The share of its time that the engine may spend on prompts, so that those it decodes keep their TPOT."""
         promise_s = tenant.model.slo.tpot_s
         if self.local != "goodput" or promise_s is None or tenant.cost is None or not tenant.running:
             return 1.0
-        if self.slowdown(tenant) > 1:
+        if slowdown > 1:
             return 1.0  # what neighbours spoil, fewer prompts do not mend
         return max(LEAST_DUTY, 1 - tenant.cost.decode_s(len(tenant.running), tenant.context_tokens) / promise_s)
 
@@ -165,13 +166,11 @@ class Turns:
 
     def make_way(self, now: float) -> tuple[Tenant, Running, Request] | None:
         """A request that should leave its engine, and for whom; `wake_s` is set for one that is not urgent yet."""
-        if self.local != "goodput" or self.costs is None:
+        if self.local != "goodput" or self.costs is None or not any(t.spares for t in self._tenants.values()):
             return None
         for tenant in self._tenants.values():
             if tenant.state is not ReplicaState.SERVING or not len(tenant.queue) or not tenant.running:
                 continue
-            if not any(t.spares for t in self._tenants.values()):
-                return None
             full = tenant.free_credits <= 0
             if self._is_busy(tenant, now) or not (full or not self._has_room(tenant)):
                 continue  # only its prompts are before it

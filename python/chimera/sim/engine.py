@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from functools import partial
 from heapq import heappop, heappush
 from typing import Protocol
 
@@ -261,7 +262,7 @@ class SimEngine:
         limit = self.seat.kv_limit_bytes
         if limit is not None:
             return self._kv_bytes + extra <= limit
-        return all(gpu.free_bytes >= extra for gpu in self.gpus)
+        return min([gpu.free_bytes for gpu in self.gpus]) >= extra
 
     def _stripes(self, tokens: int) -> int:
         stripe = self._stripe_bytes
@@ -281,7 +282,7 @@ class SimEngine:
 
     def fits_ever(self, request: Request) -> bool:
         limit = self.seat.kv_limit_bytes
-        room = min(gpu.gpu.capacity_bytes - gpu.held_bytes for gpu in self.gpus) if limit is None else limit
+        room = min([gpu.gpu.capacity_bytes - gpu.held_bytes for gpu in self.gpus]) if limit is None else limit
         return self._stripes(request.final_tokens) <= room
 
     # Steps.
@@ -363,9 +364,8 @@ class SimEngine:
 
     def _arrange(self) -> None:
         self._plan += 1
-        plan = self._plan
         end_s = self._clock.now + (self._work_s - self._done_s) * self._pace
-        self._clock.at(end_s, lambda: self._end(plan))
+        self._clock.at(end_s, partial(self._end, self._plan))
 
     def _count(self) -> None:
         """Counts what was done since the last look, at the pace of that time."""
