@@ -6,7 +6,7 @@ from time import perf_counter
 
 from chimera.core.replica import Epoch, ReplicaId
 from chimera.sched.gpu import GpuScheduler, Mint
-from chimera.sched.queues import Fcfs
+from chimera.sched.queues import Fcfs, queue_named
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -40,6 +40,22 @@ def test_a_queue_filled_from_its_own_listing_goes_on_as_the_one_listed(first: li
         queue.push(request(f"then {n}", at=at))
         copy.push(request(f"then {n}", at=at))
     assert list(queue) == list(copy)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.5, "next", "cancel"]), min_size=1, max_size=12))
+def test_of_the_late_the_oldest_has_the_turn_whoever_came_and_went(happened: list[float | str]) -> None:
+    queue, here = queue_named("moore-hodgson", lambda _: 0.1), dict[str, float]()
+    for number, what in enumerate(happened):
+        if isinstance(what, float):
+            queue.push(request(str(number), at=what))
+            here[str(number)] = what
+        elif here:
+            oldest = min(here, key=lambda i: here[i])
+            left = queue.pop(1000.0) if what == "next" else queue.remove(next(reversed(here)))
+            assert left is not None and (what == "cancel" or left.request_id == oldest)
+            del here[left.request_id]
+        if here:
+            assert queue.turn(1000.0) == (True, min(here.values()))
 
 
 def test_a_decision_with_ten_thousand_waiting_is_a_matter_of_microseconds() -> None:

@@ -350,7 +350,7 @@ class GpuScheduler:
         if self.turns.paced:
             return self._admit_all(now)
         admitted: list[Action] = []
-        while tenant.free_credits > 0 and len(tenant.queue):
+        while len(tenant.queue) and tenant.free_credits > 0:
             admitted.append(self._give(tenant, now))
         return admitted
 

@@ -117,7 +117,7 @@ class Slack:
     late too. No starvation: who waits gains on all who come later.
     """
 
-    __slots__ = ("_entries", "_order", "_prefill_s", "_pushed", "_seconds", "_strict")
+    __slots__ = ("_eldest", "_entries", "_order", "_prefill_s", "_pushed", "_seconds", "_strict")
 
     def __init__(self, prefill_s: Prefill) -> None:
         self._prefill_s = prefill_s
@@ -127,6 +127,8 @@ class Slack:
         self._order: list[tuple[float, int, Request]] = []
         self._entries: dict[str, tuple[float, int, Request]] = {}
         self._pushed = 0
+        self._eldest: Entry | None = None
+        """Once it was looked for, until somebody comes or goes."""
 
     def _key(self, request: Request) -> float:
         return deadline_s(request) - self._prefill_s(request)
@@ -137,12 +139,14 @@ class Slack:
         self._seconds[request.request_id] = self._prefill_s(request)
         self._strict += is_strict(request)
         self._entries[request.request_id] = entry
+        self._eldest = None
         insort(self._order, entry)
 
     def pop(self, now: float) -> Request:
         return self._take(self._order[0])
 
     def _take(self, entry: tuple[float, int, Request]) -> Request:
+        self._eldest = None
         del self._order[bisect_left(self._order, entry)]
         del self._entries[entry[2].request_id]
         del self._seconds[entry[2].request_id]
@@ -207,7 +211,9 @@ class MooreHodgson(Slack):
 
     def _oldest(self) -> Entry:
         """Deadlines differ by promise only, so the oldest is among the first of them."""
-        return min(self._order[:LOOKED_AT], key=lambda entry: (entry[2].arrived_s, entry[1]))
+        if self._eldest is None:
+            self._eldest = min(self._order[:LOOKED_AT], key=lambda entry: (entry[2].arrived_s, entry[1]))
+        return self._eldest
 
     def _first_due(self, now: float) -> int:
         """Where those begin whose deadline is not over."""

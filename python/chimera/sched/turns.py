@@ -93,15 +93,15 @@ class Turns:
             return None
         moments = [moment_s for t in waiting if (moment_s := t.busy_until_s - AHEAD_S) > now]
         self.wake_s = min(moments, default=None)
-        if self._passed >= LATE_TURN and any(t.queue.turn(now)[0] for t in waiting):
-            oldest = min(waiting, key=lambda t: (not t.queue.turn(now)[0], t.queue.turn(now)[1], t.replica))
-            if not self._may_take(oldest, now):
-                return None  # the others have had their turns
-            self._passed = 0
-            return oldest
-        if len(waiting) > 1:
-            waiting.sort(key=lambda t: (*t.queue.turn(now), t.replica))
-        for tenant in waiting:
+        order = sorted([(*t.queue.turn(now), t.replica, t) for t in waiting])
+        if self._passed >= LATE_TURN:
+            oldest = next((tenant for late, _, _, tenant in order if late), None)
+            if oldest is not None:
+                if not self._may_take(oldest, now):
+                    return None  # the others have had their turns
+                self._passed = 0
+                return oldest
+        for *_, tenant in order:
             if self._may_take(tenant, now):
                 self._passed += 1
                 return tenant

@@ -6,7 +6,9 @@ latency on a dedicated GPU, times a scale.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from heapq import heapreplace
 
 import msgspec
 
@@ -36,12 +38,12 @@ def evenly(models: Iterable[ModelSpec], gpus: Sequence[Gpu], costs: CostTable, *
     A model that finds no room has no seat.
     """
     free = {gpu.gpu_id: gpu.capacity_bytes for gpu in gpus}
-    places: dict[int, list[tuple[int, ...]]] = {}
+    places: dict[int, list[tuple[int, tuple[int, ...]]]] = {}
     seats: list[Seat] = []
     for model in sorted(models, key=lambda m: (-m.weight_bytes * m.tp_size, m.name)):
         if model.tp_size not in places:
-            places[model.tp_size] = gangs(gpus, model.tp_size)
-        chosen = min(places[model.tp_size], key=lambda gang: (-min([free[g] for g in gang]), gang), default=())
+            places[model.tp_size] = sorted((-_room(gang, free), gang) for gang in gangs(gpus, model.tp_size))
+        chosen = _roomiest(places[model.tp_size], free)
         needed = costs.resident_bytes(model) + costs.stripe_bytes
         if not chosen or any(free[gpu_id] < needed for gpu_id in chosen):
             continue
@@ -49,6 +51,21 @@ def evenly(models: Iterable[ModelSpec], gpus: Sequence[Gpu], costs: CostTable, *
             free[gpu_id] -= costs.resident_bytes(model)
         seats.append(Seat(replica=ReplicaId(model.name), gpu_ids=chosen))
     return reserve(seats, free) if reserved else Placement(tuple(seats))
+
+
+def _room(gang: tuple[int, ...], free: Mapping[int, int]) -> int:
+    return min([free[gpu_id] for gpu_id in gang])
+
+
+def _roomiest(places: list[tuple[int, tuple[int, ...]]], free: Mapping[int, int]) -> tuple[int, ...]:
+    """Of a heap by room, as it was when last looked at: what is on top and has as much as then has the most of all."""
+    while places:
+        known, gang = places[0]
+        room = -_room(gang, free)
+        if room == known:
+            return gang
+        heapreplace(places, (room, gang))
+    return ()
 
 
 def gangs(gpus: Sequence[Gpu], size: int) -> list[tuple[int, ...]]:
@@ -70,8 +87,10 @@ def require_fitting(models: Sequence[ModelSpec], gpus: Sequence[Gpu], costs: Cos
     """ConfigError for a model that no GPU could hold alone, for no GPUs, and for promises that nobody can keep."""
     if not gpus:
         raise ConfigError.single("gpus", "there are none")
+    sizes = Counter(gpu.capacity_bytes for gpu in gpus)
     for model in models:
-        big_enough = sum(gpu.capacity_bytes >= costs.resident_bytes(model) + costs.stripe_bytes for gpu in gpus)
+        needed = costs.resident_bytes(model) + costs.stripe_bytes
+        big_enough = sum(count for size, count in sizes.items() if size >= needed)
         if big_enough < model.tp_size:
             raise ConfigError.single("models", f"{model.name} fits on none of the {len(gpus)} GPUs, even alone")
         for name, seconds in (("ttft", model.slo.ttft_s), ("tpot", model.slo.tpot_s)):
