@@ -93,7 +93,7 @@ class CostTable(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """What a replica holds on each of its GPUs before its first token."""
         return model.weight_bytes + self.engine_bytes
 
-    def slowdown(self, engines: int) -> float:
+    def slowdown(self, engines: float) -> float:
         """How many times longer a step takes when so many engines are at work on the GPU, this one among them."""
         return engines * (1.0 + self.neighbour_slowdown * (engines - 1)) if engines > 1 else 1.0
 

@@ -152,6 +152,14 @@ class Tenant:
     def prefill_s(self, request: Request) -> float:
         return 0.0 if self.cost is None else self.cost.prompt_s(request.prompt_tokens)
 
+    def step_s(self) -> float:
+        """Of its engine alone, with what it runs."""
+        return 0.0 if self.cost is None else self.cost.decode_s(max(1, len(self.running)), self.context_tokens)
+
+    def answer_s(self) -> float:
+        """What it takes to decode an answer; 0 until one has ended."""
+        return self.output_tokens * self.step_s()
+
     @property
     def replica(self) -> ReplicaId:
         return self.seat.replica

@@ -4,9 +4,10 @@ Decides between the queues of a GPU; the order within one is `queues.py`'s. Know
 whatever they say: a GPU that runs nothing is always given the next request.
 
 Under a local policy that knows deadlines, an engine is given no more prompts than it prefills in a moment, so that the order
-stays ours, and all queues of the GPU take turns. Under `goodput` prompts also leave time for the decodes of those that run, a
-request waits here while there is no room for its cache, and one that would be late for want of a credit or of room takes the
-place of one to whom nothing is promised, or can be kept, any more. Where a neighbour's engine is what would make it late, and
+stays ours, and all queues of the GPU take turns. Under `goodput` prompts also leave time for the decodes of those that run; no
+more engines are at work at once than the TPOTs promised bear; a request waits here while there is no room for its cache, and
+one that would be late for want of a credit or of room takes the place of one to whom nothing is promised, or can be kept, any
+more. Where a neighbour's engine is what would make it late, and
 nothing is promised to those that the neighbour runs, that engine stands still meanwhile.
 
 Nobody starves. One turn in `LATE_TURN` is the oldest late request's, so behind n older ones it has its turn after
@@ -138,7 +139,24 @@ class Turns:
             return True
         if self._is_busy(tenant, now):
             return False
-        return self.local != "goodput" or self._has_room(tenant)
+        return self.local != "goodput" or (self._has_room(tenant) and not self._crowds(tenant))
+
+    def _crowds(self, tenant: Tenant) -> bool:
+        """Whether its engine would be one too many at work for the TPOT that is promised to those that run."""
+        if tenant.running or self.costs is None:
+            return False
+        at_work = [t for t in self._tenants.values() if t.running and t.standing_until_s is None]
+        slowest = self.costs.slowdown(len(at_work) + 1)
+        for other in at_work:
+            promise_s = other.model.slo.tpot_s
+            if promise_s is None or other.cost is None or other.spares == len(other.running):
+                continue
+            step_s = other.step_s()
+            if step_s * slowest > promise_s:
+                neighbours = sum(_presence(t, other) for t in (*at_work, tenant) if t is not other)
+                if step_s * self.costs.slowdown(1 + neighbours) > promise_s:
+                    return True
+        return False
 
     def _is_busy(self, tenant: Tenant, now: float) -> bool:
         return bool(tenant.running) and tenant.busy_until_s > now + AHEAD_S
@@ -160,7 +178,7 @@ class Turns:
             return 1.0
         if slowdown > 1:
             return 1.0  # what neighbours spoil, fewer prompts do not mend
-        return max(LEAST_DUTY, 1 - tenant.cost.decode_s(len(tenant.running), tenant.context_tokens) / promise_s)
+        return max(LEAST_DUTY, 1 - tenant.step_s() / promise_s)
 
     # Making way.
 
@@ -249,3 +267,10 @@ class Turns:
     def revive(self, state: TurnsState) -> None:
         self._passed, self._room_bytes, self._room_told = state.passed, state.room_bytes, state.room_told
         self.wake_s = state.wake_s
+
+
+def _presence(neighbour: Tenant, tenant: Tenant) -> float:
+    """The part of the life of an answer of the tenant's that a neighbour is at work, with all that it has to do."""
+    life_s = tenant.answer_s()
+    asked = max(1, len(neighbour.running) + len(neighbour.queue))
+    return min(1.0, asked * neighbour.answer_s() / life_s) if life_s and neighbour.output_tokens else 1.0

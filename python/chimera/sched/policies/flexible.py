@@ -26,7 +26,7 @@ OVERLAP = "requests that are under way at once on each of its replicas"
 class Flexible(msgspec.Struct, frozen=True):
     name: str = "flexible"
     on_demand: bool = True
-    margin: float = 0.12
+    margin: float = 0.08
     """A change has to promise so much more of the rates it touches."""
     least_gain_per_s: float = 0.02
     settle_s: float = 4.0

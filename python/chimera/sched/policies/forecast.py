@@ -3,8 +3,9 @@ and whether their caches fit. Pure arithmetic over rates and prices; knows no pl
 
 An engine at work is slowed by every other engine at work on its GPU, for the driver gives them turns. A first token is in time
 while no more than so many neighbours are at work at that moment; a TPOT, while no more are on the average of the answer's
-life, so a long answer sees less of chance than a short one. Beyond that, work that exceeds the GPU is late, and caches that
-exceed its memory wait. `tests/sim/test_forecast.py` holds it against the simulator.
+life, so a long answer sees less of chance than a short one. Where more would be, engines take turns (`sched/turns.py`), and
+some requests are in time all the same. Beyond that, work that exceeds the GPU is late, and caches that exceed its memory wait.
+`tests/sim/test_forecast.py` holds it against the simulator.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ UNKNOWN = 0.5
 """Standard deviation of the neighbours at work that is there even if all of them always are: lengths and batches vary."""
 MOST_PROMPTS = 0.95
 """Of an engine's time, for prompts, where their queue is reckoned: beyond it, what work exceeds the GPU says more."""
+
+
+IN_TURN = 0.4
+"""Where engines take turns, so much of what the GPU can bear is in time; the simulator has it so."""
 
 
 class Load(msgspec.Struct, frozen=True, kw_only=True, gc=False):
@@ -146,8 +151,9 @@ def forecast(asked: Sequence[Asked], kv_bytes: float, slowdown: float) -> Foreca
         neighbours = together - engine.share
         of_moment, of_life = _variances(engine, engines, echo)
         first, steady = engine.bears(slowdown)
-        kept = _at_most(first + 0.5, neighbours, of_moment) * _at_most(steady, neighbours, of_life)
-        kept *= in_time * room * engine.served
+        steadily = _at_most(steady, neighbours, of_life)
+        steadily += (1 - steadily) * IN_TURN * min(1.0, (1 + max(0.0, steady)) / (1 + neighbours))
+        kept = _at_most(first + 0.5, neighbours, of_moment) * steadily * in_time * room * engine.served
         if engine.promised:
             attainment[engine.load.model] = kept
         attained += engine.promised * kept
