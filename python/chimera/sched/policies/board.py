@@ -35,6 +35,8 @@ class Board:
         self._of_model: dict[str, list[Seat]] = {}
         self._on_gpu: dict[int, list[Seat]] = {gpu_id: [] for gpu_id in self.gpus}
         self._taken: dict[int, int] = dict.fromkeys(self.gpus, 0)
+        self.edition = 0
+        """Another number after every change."""
         self._away: list[Seat] = []
         """Seats on GPUs whose agent is not here: they stay wanted until control gives the agent up."""
         for seat in question.wanted.seats:
@@ -191,6 +193,7 @@ class Board:
 
     def remove(self, seat: Seat, reason: str, weighed: tuple[Alternative, ...] = ()) -> None:
         """It is no longer wanted; what it holds counts until it has left, unless it never started."""
+        self.edition += 1
         del self._seats[seat.replica]
         self._of_model[seat.replica.model].remove(seat)
         for gpu_id in seat.gpu_ids:
@@ -236,6 +239,7 @@ class Board:
         )
 
     def _put(self, seat: Seat) -> None:
+        self.edition += 1
         self._seats[seat.replica] = seat
         self._of_model.setdefault(seat.replica.model, []).append(seat)
         for gpu_id in seat.gpu_ids:

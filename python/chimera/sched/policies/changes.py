@@ -39,18 +39,36 @@ class Changes:
     def reliefs(self, gpu_ids: Iterable[int], price: Callable[[ModelSpec, tuple[int, ...]], float]) -> Iterator[Change]:
         """What could help those who stand on these GPUs: another replica of one of them elsewhere.
 
-        No more can be gained than is lost where it changes anything; what is dearer than that is not looked at.
+        What costs more than it can gain at the most is not looked at, nor what cannot be better than the best that is worth
+        its price.
         """
+        best = 0.0
+        for most, cost, model, gang in sorted(self._helpful(gpu_ids, price), key=lambda one: -one[0]):
+            if most <= best:
+                return
+            for change in self._anywhere(model, (gang,), self._settle_s, unasked=True):
+                if change.gain >= cost:
+                    best = max(best, change.gain)
+                yield change
+
+    def _helpful(
+        self, gpu_ids: Iterable[int], price: Callable[[ModelSpec, tuple[int, ...]], float]
+    ) -> Iterator[tuple[float, float, ModelSpec, tuple[int, ...]]]:
+        """The most that could be gained and what it costs to bring a model to a place."""
         board, outlook = self._board, self._outlook
         names = {seat.replica.model: None for gpu_id in gpu_ids for seat in board.on_gpu(gpu_id)}
         calm = {gpu_id for gpu_id in board.gpus if self._is_calm(gpu_id)}
         for name in names:
-            if outlook.rate(name) and self._is_settled(name):
+            if outlook.rates[name] and self._is_settled(name):
                 model = board.models[name]
                 here = {gpu_id for seat in board.seats_of(name) for gpu_id in seat.gpu_ids}
-                gangs = (g for g in board.gangs(model) if calm.issuperset(g) and here.isdisjoint(g))
-                worth_it = (g for g in gangs if outlook.lost_on((*here, *g)) >= price(model, g))
-                yield from self._anywhere(model, worth_it, self._settle_s, unasked=True)
+                relief = outlook.relief(name, here)
+                for gang in board.gangs(model):
+                    if calm.issuperset(gang) and here.isdisjoint(gang):
+                        most = relief if board.fits(model, gang) else relief + outlook.lost_on(gang)
+                        cost = price(model, gang)
+                        if most >= cost:
+                            yield most, cost, model, gang
 
     def _anywhere(
         self, model: ModelSpec, gangs: Iterable[tuple[int, ...]], idle_s: float, *, unasked: bool = False
@@ -72,7 +90,7 @@ class Changes:
         for seat in board.on_gpu(gpu_id):
             if not board.serves(seat):
                 return False
-            if self._outlook.rate(seat.replica.model) and board.since_s(seat.replica) < self._settle_s:
+            if self._outlook.rates[seat.replica.model] and board.since_s(seat.replica) < self._settle_s:
                 return False
         return True
 
@@ -101,7 +119,7 @@ class Changes:
             return False
         if len(board.seats_of(model)) > 1:
             return True
-        return board.demand(model).idle_s >= idle_s and not (unasked and self._outlook.rate(model))
+        return board.demand(model).idle_s >= idle_s and not (unasked and self._outlook.rates[model])
 
     def _missed(self, seat: Seat) -> tuple[float, ...]:
         board = self._board

@@ -69,7 +69,7 @@ class Flexible(msgspec.Struct, frozen=True):
         best = max(found, key=lambda change: change.gain, default=None)
         if best is None:
             return
-        promising = best.gain >= self.own_share * outlook.rate(model.name)
+        promising = best.gain >= self.own_share * outlook.rates[model.name]
         if promising or outlook.board.demand(model.name).waited_s >= self.patience_s:
             options = places_weighed(((c.gang, c.gain) for c in found), best.gang, PROMISED)
             waiting = outlook.board.demand(model.name).waiting
@@ -98,7 +98,7 @@ class Flexible(msgspec.Struct, frozen=True):
     def _put_to_use(self, outlook: Outlook) -> None:
         """A GPU on which nobody is asked for helps whoever has requests that overlap: none of them waits for another there."""
         board = outlook.board
-        idle = [gpu_id for gpu_id in board.gpus if not any(outlook.rate(seat.replica.model) for seat in board.on_gpu(gpu_id))]
+        idle = [gpu_id for gpu_id in board.gpus if not any(outlook.rates[seat.replica.model] for seat in board.on_gpu(gpu_id))]
         if not idle:
             return
         crowds = {name: outlook.crowd(name) for name in board.models if board.seats_of(name)}
@@ -135,7 +135,7 @@ class Flexible(msgspec.Struct, frozen=True):
     def _price(self, outlook: Outlook, model: ModelSpec, gang: tuple[int, ...]) -> float:
         """What a change has to promise: a part of what it touches, more the longer it takes to come about."""
         board = outlook.board
-        touched = outlook.rate(model.name) + sum(outlook.rate(seat.replica.model) for g in gang for seat in board.on_gpu(g))
+        touched = outlook.rates[model.name] + sum(outlook.rates[seat.replica.model] for g in gang for seat in board.on_gpu(g))
         seconds = board.costs.of(model).activation_s
         return max(self.least_gain_per_s, self.margin * touched * min(1.0, seconds / self.settle_s + 0.5))
 
@@ -149,11 +149,12 @@ class Flexible(msgspec.Struct, frozen=True):
             model = board.models[seat.replica.model]
             if not others or model.pin or not board.serves(seat) or board.since_s(seat.replica) < self.settle_s:
                 continue
-            if outlook.lost_on(seat.gpu_ids) < self.least_gain_per_s:
-                continue
+            price = self._price(outlook, model, seat.gpu_ids)
+            if outlook.lost_on(seat.gpu_ids) < price:
+                continue  # no more can be gained
             gain = outlook.gain(leaves=(seat,))
             seen.append((gain, seat))
-            if gain >= self._price(outlook, model, seat.gpu_ids) and (best is None or gain > best[0]):
+            if gain >= price and (best is None or gain > best[0]):
                 best = (gain, seat)
         if best is not None:
             gain, seat = best

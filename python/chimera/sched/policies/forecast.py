@@ -22,7 +22,9 @@ from chimera.sched.cost import CostTable
 LEAST_LEFT = 0.25
 """Of an engine's time, for decodes, however many prompts come."""
 ROUNDS = 3
-"""Slowness makes requests overlap more, which makes them slower: so often is that followed."""
+"""Slowness makes requests overlap more, which makes them slower: so often is that followed at the most,"""
+CLOSE = 0.01
+"""and no more once so few engines are found that had not been reckoned with."""
 MOST_ECHO = 0.85
 """Where slowness feeds itself, no more of it is followed: batches grow then, and answers end."""
 UNKNOWN = 0.5
@@ -116,11 +118,12 @@ class _Engine:
         load, rate = self.load, self.rate
         slow = (1 + neighbours) * (1 + slowdown * neighbours)
         self.prompts = rate * load.prompt_cost_s * slow
-        left = max(LEAST_LEFT, 1 - self.prompts)  # prompts go first, so decodes have what they leave
+        left = 1 - self.prompts if self.prompts < 1 - LEAST_LEFT else LEAST_LEFT  # prompts go first
         self.stay_s = slow * (load.prompt_cost_s + load.output_tokens * self.step_s() / left)
         present = rate * self.stay_s
-        self.batch = min(float(load.running), present + 1)
-        self.served = min(1.0, load.running / present)
+        crowded = present + 1 > load.running
+        self.batch = float(load.running) if crowded else present + 1
+        self.served = min(1.0, load.running / present) if crowded else 1.0
         self.share = 1 - math.exp(-present) if present < 50 else 1.0
 
     def step_s(self) -> float:
@@ -167,14 +170,16 @@ def _run_together(engines: Sequence[_Engine], slowdown: float) -> tuple[float, f
     for _ in range(ROUNDS):
         followed = echo = 0.0
         for engine in engines:
-            neighbours = max(0.0, together - engine.share)
+            neighbours = together - engine.share if together > engine.share else 0.0
             engine.run_beside(neighbours, slowdown)
             followed += engine.share
             slower = (1 + slowdown + 2 * slowdown * neighbours) / ((1 + neighbours) * (1 + slowdown * neighbours))
             echo += (1 - engine.share) * engine.rate * engine.stay_s * slower
         echo = min(MOST_ECHO, echo)
-        together += (followed - together) / (1 - echo)
-        together = min(float(len(engines)), max(0.0, together))
+        more = (followed - together) / (1 - echo)
+        together = min(float(len(engines)), max(0.0, together + more))
+        if abs(more) < CLOSE:
+            break
     return together, echo
 
 
