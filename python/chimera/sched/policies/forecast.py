@@ -22,9 +22,9 @@ from chimera.sched.cost import CostTable
 LEAST_LEFT = 0.25
 """Of an engine's time, for decodes, however many prompts come."""
 ROUNDS = 3
-"""Slowness makes requests overlap more, which makes them slower: so often is that followed at the most,"""
+"""Slowness makes requests overlap more, which makes them slower: so often is that followed."""
 CLOSE = 0.01
-"""and no more once so few engines are found that had not been reckoned with."""
+"""Where engines are mostly alone, no further than to so many of an engine."""
 MOST_ECHO = 0.85
 """Where slowness feeds itself, no more of it is followed: batches grow then, and answers end."""
 UNKNOWN = 0.5
@@ -178,7 +178,7 @@ def _run_together(engines: Sequence[_Engine], slowdown: float) -> tuple[float, f
         echo = min(MOST_ECHO, echo)
         more = (followed - together) / (1 - echo)
         together = min(float(len(engines)), max(0.0, together + more))
-        if abs(more) < CLOSE:
+        if abs(more) < CLOSE and together < 1:
             break
     return together, echo
 
