@@ -134,3 +134,19 @@ def test_another_day_has_as_many_requests_on_average_and_none_far_from_its_origi
         assert all(abs(row.at_s - (row.output_tokens - 1)) <= 5 for row in day.rows)
         copies = [sum(row.output_tokens == n for row in day.rows) for n in range(1, 401)]
         assert copies.count(0) == pytest.approx(400 * 0.223, rel=0.25), "e^-1.5 of the requests do not come"
+
+
+def test_draws_in_succession_follow_each_other_and_share_the_chances_of_each_request() -> None:
+    steady = Trace("told", tuple(Row(n * 1.0, "a", 10, n + 1) for n in range(500)))
+    assert steady.period_s == 500
+    day = steady.another_day(1.5, 1, 20)
+    assert len(day.rows) == pytest.approx(20 * 750, rel=0.005), "alone, each draw differs by a few percent from the next"
+    for row in day.rows:
+        assert abs(row.at_s % 500 - (row.output_tokens - 1)) <= 5
+    copies = [[0] * 500 for _ in range(20)]
+    for row in day.rows:
+        copies[int(row.at_s // 500)][row.output_tokens - 1] += 1
+    none = sum(draw.count(0) for draw in copies)
+    assert none == pytest.approx(10_000 * 0.223, rel=0.05), "e^-1.5 of the requests do not come"
+    of_each = [sum(draw[n] for draw in copies) for n in range(500)]
+    assert min(of_each) > 22 and max(of_each) < 38, "thirty, and by free draws between 15 and 48"

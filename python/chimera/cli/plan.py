@@ -72,7 +72,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=10,
         metavar="N",
-        help="days like the trace; enough is what keeps the target on each (default: 10)",
+        help="days like the trace, each as long as it takes to tell; enough is what keeps the target on each (default: 10)",
     )
     add("--most", type=int, default=64, metavar="N", help="no more GPUs than this are tried (default: 64)")
     add("--gpu-hour-price", type=float, metavar="PRICE", help="what an hour of one GPU costs, for the cost of 1,000 requests")
@@ -168,6 +168,7 @@ def _print(answers: Sequence[Answer]) -> None:
     columns = _COLUMNS if answers[0].cost_per_1000 is None else (*_COLUMNS, "cost/1,000")
     print_table([columns, *(_row(found) for found in answers)], left=1)
     for found in answers:
+        print(f"{found.what}: a day is {_day(found)}")
         if not found.enough:
             print(f"{found.what}: not even {found.gpus} GPUs keep {100 * found.target:.6g} %")
         if found.soft and found.fewer is not None:
@@ -196,6 +197,11 @@ def _row(found: Answer) -> tuple[str, ...]:
         f"{found.gpu_s_per_1000:.0f}",
     )
     return cells if found.cost_per_1000 is None else (*cells, f"{found.cost_per_1000:.3f}")
+
+
+def _day(found: Answer) -> str:
+    once = "the trace, drawn anew" if found.draws == 1 else f"the trace {found.draws} times in succession, each time drawn anew"
+    return f"{once}: {found.requests:,.0f} requests"
 
 
 def _places(found: Answer) -> Iterator[str]:

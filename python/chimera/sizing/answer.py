@@ -7,11 +7,8 @@ from collections.abc import Sequence
 import msgspec
 
 from chimera.core.placement import Placement
-from chimera.sizing.search import Search, Trial
+from chimera.sizing.search import SHARP, Search, Trial
 from chimera.sizing.weakness import Break, headroom, weakest
-
-SOFT = 0.9
-"""One GPU fewer has to miss the target on so many of the days, or the boundary is called soft."""
 
 
 class Fewer(msgspec.Struct, frozen=True, kw_only=True):
@@ -19,7 +16,6 @@ class Fewer(msgspec.Struct, frozen=True, kw_only=True):
 
     gpus: int
     missed_days: int
-    mean: float
 
 
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,6 +25,10 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     rate: float
     target: float
     days: int
+    draws: int
+    """A day is the trace so many times in succession, each time drawn anew."""
+    requests: float
+    """Of a day, on average."""
     enough: bool
     """If not, the rest tells of the most GPUs that were tried."""
     gpus: int
@@ -52,13 +52,14 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def soft(self) -> bool:
-        return self.fewer is not None and self.fewer.missed_days < SOFT * self.days
+        return self.fewer is not None and self.fewer.missed_days < SHARP * self.days
 
 
 def answer(what: str, search: Search, policies: Sequence[str], gpu_hour_price: float | None) -> Answer:
-    found = search.fewest(policies)
+    found = search.settle(policies)
     trial = search.trial(search.most, policies[0], decide=False) if found is None else found
-    carries, breaks = (0.0, weakest(search, trial, search.load.rate)) if found is None else headroom(search, trial)
+    days = range(1, search.load.days + 1)
+    carries, breaks = (0.0, weakest(search, trial, search.load.rate, days)) if found is None else headroom(search, trial)
     answered = sum(day.metrics.answered for day in trial.days)
     gpu_s = trial.gpus * sum(day.metrics.span_s for day in trial.days)
     per_1000 = 1000 * gpu_s / max(1, answered)
@@ -68,6 +69,8 @@ def answer(what: str, search: Search, policies: Sequence[str], gpu_hour_price: f
         rate=search.load.rate,
         target=search.target,
         days=search.load.days,
+        draws=search.load.draws,
+        requests=search.load.requests,
         enough=found is not None,
         gpus=trial.gpus,
         policy=trial.policy,
@@ -86,5 +89,5 @@ def answer(what: str, search: Search, policies: Sequence[str], gpu_hour_price: f
 def _fewer(search: Search, trial: Trial) -> Fewer | None:
     if not search.possible(trial.gpus - 1):
         return None
-    less = search.trial(trial.gpus - 1, trial.policy, decide=False)
-    return Fewer(gpus=less.gpus, missed_days=less.missed(search.target), mean=less.mean)
+    missed = search.missed(trial.gpus - 1, trial.policy, range(1, search.load.days + 1))
+    return Fewer(gpus=trial.gpus - 1, missed_days=missed)

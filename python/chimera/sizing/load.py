@@ -1,7 +1,12 @@
-"""Who is asked for how much, on any number of days: a trace, and others like it."""
+"""Who is asked for how much, on any number of days: a trace, and others like it.
+
+A trace of five minutes has a handful of requests that may be let down, and by chance it is twice as many or none. So a day of
+a plan is the trace as often in succession, each time drawn anew, as it takes until chance is small.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from chimera.core.model import ModelSpec
@@ -9,21 +14,50 @@ from chimera.trace.trace import Trace
 
 ANOTHER = 0
 """The seed of the one more model's requests: no day of a plan has it."""
+REQUESTS = 5_000
+"""A day has so many at least: of 99 % they leave fifty to be let down."""
+MOST_REQUESTS = 30_000
+DAY_S = 86_400.0
+"""A day is made of several draws only up to these."""
 
 
 class Load:
-    def __init__(self, models: Sequence[ModelSpec], trace: Trace, rate: float, days: int) -> None:
-        """`rate` times the trace; the models have their promises."""
+    def __init__(self, models: Sequence[ModelSpec], trace: Trace, rate: float, days: int, draws: int | None = None) -> None:
+        """`rate` times the trace; the models have their promises. A day is so many draws, or as many as it needs."""
         self.models = tuple(models)
         self.trace = trace
         self.rate = rate
         self.days = days
+        self._each = rate * len(trace.rows)
+        self.draws = min(math.ceil(REQUESTS / self._each), self._most_draws) if draws is None else draws
         self._drawn: dict[int, Trace] = {}
 
-    def day(self, number: int) -> Trace:
+    def day(self, number: int, rate: float | None = None) -> Trace:
+        """At another rate it lasts as long."""
+        if rate is not None and rate != self.rate:
+            return self.trace.another_day(rate, number, self.draws)
         if number not in self._drawn:
-            self._drawn[number] = self.trace.another_day(self.rate, number)
+            self._drawn[number] = self.trace.another_day(self.rate, number, self.draws)
         return self._drawn[number]
+
+    @property
+    def requests(self) -> float:
+        """Of a day, on average."""
+        return self.draws * self._each
+
+    def glance(self, days: int) -> Load | None:
+        """Fewer days of one draw each; `None` where a day is no more than that."""
+        return Load(self.models, self.trace, self.rate, min(days, self.days), 1) if self.draws > 1 else None
+
+    def longer(self, times: float) -> Load | None:
+        """With days so many times as long; `None` where that is no longer than now, or too long."""
+        draws = math.ceil(times * self.draws)
+        return Load(self.models, self.trace, self.rate, self.days, draws) if self.draws < draws <= self._most_draws else None
+
+    @property
+    def _most_draws(self) -> int:
+        period_s = self.trace.period_s
+        return max(1, min(math.floor(MOST_REQUESTS / self._each), math.floor(DAY_S / period_s))) if period_s else 1
 
 
 def one_more(trace: Trace, model: str, name: str) -> Trace:

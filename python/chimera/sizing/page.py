@@ -61,7 +61,7 @@ def _by_gpus(search: Search, answer: Answer) -> list[Curve]:
 def _by_load(search: Search, answer: Answer) -> list[Curve]:
     most = answer.carries or answer.rate
     scenario = search.scenario(answer.gpus, answer.policy)
-    days = ((part * most, search.load.trace.another_day(part * most, 1)) for part in LOADS)
+    days = ((part * most, search.load.day(1, part * most)) for part in LOADS)
     return _curves((rate, simulate(scenario, day).metrics) for rate, day in days)
 
 

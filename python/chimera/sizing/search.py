@@ -1,14 +1,16 @@
 """The fewest GPUs that are enough: enough is what keeps the target on every one of several days like the trace.
 
-A day is the trace with its arrivals drawn anew (`Trace.another_day`), so ten days are ten different bursts of the same load,
-and one day on which the target is missed decides that so many GPUs are not enough. Counts are tried from what cannot be
-undercut, in growing steps, and then by halving.
+A day is the trace with its arrivals drawn anew (`Load.day`), so ten days are ten different bursts of the same load, and one
+day on which the target is missed decides that so many GPUs are not enough. Counts are tried from what cannot be undercut, in
+growing steps, and then by halving. A first look, at few days of one draw each, says around which count to try whole days.
+Where days do not agree, they were too short to tell, and are made as long as it takes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import msgspec
@@ -24,6 +26,11 @@ from chimera.sizing.load import Load
 
 LOCAL = "goodput"
 """The order of requests: ours, which is what `serve` does unasked."""
+SHARP = 0.9
+"""On so many of the days one GPU fewer has to miss the target, or the boundary is soft."""
+APART = 2.0
+"""Days agree where so many of their standard deviations lie between their mean and the target."""
+LOOK_DAYS = 3
 TOGETHER = 4.0
 """So many requests are decoded at once when the work of a model is reckoned for its place."""
 
@@ -47,6 +54,11 @@ class Trial(msgspec.Struct, frozen=True, kw_only=True):
     def mean(self) -> float:
         return math.fsum(day.metrics.joint_attainment for day in self.days) / len(self.days)
 
+    def length(self, target: float) -> float:
+        """So many times as long the days should be to agree. Four times as long, and the spread between them is half."""
+        spread = statistics.stdev(day.metrics.joint_attainment for day in self.days) if len(self.days) > 1 else 0.0
+        return (APART * spread / abs(self.mean - target)) ** 2 if spread else 1.0
+
     def missed(self, target: float) -> int:
         return sum(day.metrics.joint_attainment < target for day in self.days)
 
@@ -69,13 +81,35 @@ class Search:
         self._broken_off: dict[tuple[int, str, int], Outcome] = {}
         """Days of which no more is known than that they miss the target."""
 
-    def fewest(self, policies: Sequence[str]) -> Trial | None:
+    def settle(self, policies: Sequence[str]) -> Trial | None:
+        """The fewest, on days long enough to tell them from one fewer, where days may be so long."""
+        found = self.fewest(policies, self._look(policies[0]))
+        if found is not None and (longer := self.load.longer(self._length(found))) is not None:
+            self.load = longer
+            self._whole.clear()
+            self._broken_off.clear()
+            found = self.fewest(policies, found.gpus)
+        return found
+
+    def _look(self, policy: str) -> int:
+        glance = self.load.glance(LOOK_DAYS)
+        search = self if glance is None else Search(glance, self.costs, self.target, self.most, self._watch)
+        found = search._gallop(policy)
+        return self.most if found is None else found.gpus
+
+    def _length(self, found: Trial) -> float:
+        """Of days, in times of these, on which the answer and one fewer would be told from the target."""
+        needed = found.length(self.target)
+        if self._is_soft(found):
+            needed = max(needed, self.trial(found.gpus - 1, found.policy, decide=False).length(self.target))
+        return needed
+
+    def fewest(self, policies: Sequence[str], near: int) -> Trial | None:
         """The policy that needs the fewest; among equals the one whose worst day is best. `None`: `most` are not enough."""
         best: Trial | None = None
         for policy in policies:
-            found = self._fewest(policy) if best is None else self._no_more_than(policy, best.gpus)
-            if found is not None and (best is None or (found.gpus, -found.worst) < (best.gpus, -best.worst)):
-                best = found
+            found = self._near(policy, near) if best is None else self._better(policy, best)
+            best = found or best
         return best
 
     def trial(self, gpus: int, policy: str, *, decide: bool = True) -> Trial:
@@ -92,25 +126,30 @@ class Search:
         key = (gpus, policy, day)
         known = self._whole.get(key) or (self._broken_off.get(key) if decide else None)
         if known is None:
-            known = self._run(gpus, policy, self.load.rate, day, decide=decide)
+            known = self._run(gpus, policy, self.load.rate, day, self.target if decide else None)
             kept = not decide or known.metrics.joint_attainment >= self.target
             (self._whole if kept else self._broken_off)[key] = known
         return known
+
+    def missed(self, gpus: int, policy: str, days: Iterable[int]) -> int:
+        """On how many of these days the target is missed."""
+        return sum(not self.carries(gpus, policy, self.load.rate, day) for day in days)
 
     def carries(self, gpus: int, policy: str, rate: float, day: int) -> bool:
         """Whether the GPUs keep the target on a day of another load, laid out as for this one."""
         if rate == self.load.rate:
             return self.outcome(gpus, policy, day, decide=True).metrics.joint_attainment >= self.target
-        return self._run(gpus, policy, rate, day, decide=True).metrics.joint_attainment >= self.target
+        return self._run(gpus, policy, rate, day, self.target).metrics.joint_attainment >= self.target
 
-    def _run(self, gpus: int, policy: str, rate: float, day: int, *, decide: bool) -> Outcome:
-        rows = self.load.day(day) if rate == self.load.rate else self.load.trace.another_day(rate, day)
+    def _run(self, gpus: int, policy: str, rate: float, day: int, least: float | None) -> Outcome:
+        """Broken off where the attainment falls below the `least` that is of interest."""
+        rows = self.load.day(day, rate)
         title = f"{policy} on {gpus}, day {day}" + (f", ×{rate:.2g}" if rate != 1 else "")
         return simulate(
             self.scenario(gpus, policy),
             rows,
             progress=None if self._watch is None else self._watch(title),
-            most_missed=math.floor((1 - self.target) * len(rows.rows)) if decide else None,
+            most_missed=None if least is None else math.floor((1 - least) * len(rows.rows)),
         )
 
     def scenario(self, gpus: int, policy: str) -> Scenario:
@@ -150,7 +189,11 @@ class Search:
             bounds.append(math.ceil(held / self.costs.gpu_bytes))
         return max(1, *bounds)
 
-    def _fewest(self, policy: str) -> Trial | None:
+    def _near(self, policy: str, count: int) -> Trial | None:
+        upwards = (self._enough(gpus, policy) for gpus in range(max(count, self.least(policy)), self.most + 1))
+        return self._down(policy, count - 1) or next(filter(None, upwards), None)
+
+    def _gallop(self, policy: str) -> Trial | None:
         below = self.least(policy) - 1
         enough: Trial | None = None
         for low, count in pairwise(_steps(below, self.most)):
@@ -164,12 +207,38 @@ class Search:
             below, enough = (middle, enough) if fewer is None else (below, fewer)
         return enough
 
-    def _no_more_than(self, policy: str, gpus: int) -> Trial | None:
-        """Another policy has shown that so many can be enough; whether they are under this one, and one fewer, and so on."""
+    def _down(self, policy: str, gpus: int) -> Trial | None:
+        """If so many are enough, then the fewest that are, one after the other."""
         found, least = None, self.least(policy)
         while gpus >= least and (fewer := self._enough(gpus, policy)) is not None:
             found, gpus = fewer, gpus - 1
         return found
+
+    def _better(self, policy: str, best: Trial) -> Trial | None:
+        """This policy, with fewer GPUs; or with as many, if none of its days is as bad as the worst of the best."""
+        if (fewer := self._down(policy, best.gpus - 1)) is not None:
+            return fewer
+        days = []
+        for number in range(1, self.load.days + 1):
+            day = self._whole.get((best.gpus, policy, number)) or self._run(
+                best.gpus, policy, self.load.rate, number, best.worst
+            )
+            if day.metrics.joint_attainment <= best.worst:
+                return None
+            days.append(day)
+            self._whole[best.gpus, policy, number] = day
+        return Trial(gpus=best.gpus, policy=policy, placement=self.placement(best.gpus, policy), days=tuple(days))
+
+    def _is_soft(self, found: Trial) -> bool:
+        """One GPU fewer keeps the target on too many days."""
+        if not self.possible(found.gpus - 1):
+            return False
+        kept = 0
+        for number in range(1, self.load.days + 1):
+            kept += self.carries(found.gpus - 1, found.policy, self.load.rate, number)
+            if self.load.days - kept < SHARP * self.load.days:
+                return True
+        return False
 
     def _enough(self, gpus: int, policy: str) -> Trial | None:
         trial = self.trial(gpus, policy)

@@ -6,6 +6,8 @@ mends more was short; memory, where both mend as much, since who is done sooner 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import msgspec
 
 from chimera.core.metrics import Metrics
@@ -17,6 +19,8 @@ from chimera.sizing.search import Search, Trial
 
 STEP = 1.1
 """Loads are tried in steps of a tenth."""
+DAYS = 3
+"""So many of the days are tried at other loads: a step is far more than what lies between days."""
 MOST_STEPS = 48
 """Beyond ninety times the load nobody asks."""
 
@@ -39,8 +43,10 @@ class Break(msgspec.Struct, frozen=True, kw_only=True):
 def headroom(search: Search, trial: Trial) -> tuple[float, Break | None]:
     """The highest load that the GPUs of the answer carry, as a multiple of the trace, and what breaks one step above it."""
 
+    days = range(1, min(DAYS, search.load.days) + 1)
+
     def carries(step: int) -> bool:
-        return all(search.carries(trial.gpus, trial.policy, _rate(search, step), day) for day in range(1, search.load.days + 1))
+        return all(search.carries(trial.gpus, trial.policy, _rate(search, step), day) for day in days)
 
     low, high = 0, 1
     while high < MOST_STEPS and carries(high):
@@ -48,16 +54,15 @@ def headroom(search: Search, trial: Trial) -> tuple[float, Break | None]:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if carries(middle) else (low, middle)
-    return _rate(search, low), weakest(search, trial, _rate(search, high))
+    return _rate(search, low), weakest(search, trial, _rate(search, high), days)
 
 
-def weakest(search: Search, trial: Trial, rate: float) -> Break | None:
-    """Of the first day on which so much load is too much. `None`: every day that is tried is carried."""
-    days = range(1, search.load.days + 1)
+def weakest(search: Search, trial: Trial, rate: float, days: Iterable[int]) -> Break | None:
+    """Of the first of these days on which so much load is too much. `None`: each of them is carried."""
     day = next((day for day in days if not search.carries(trial.gpus, trial.policy, rate, day)), None)
     if day is None:
         return None
-    rows = search.load.trace.another_day(rate, day)
+    rows = search.load.day(day, rate)
     scenario = search.scenario(trial.gpus, trial.policy)
     outcome = simulate(scenario, rows)
     model, metrics = max(outcome.by_model.items(), key=lambda one: (_let_down(one[1]), one[0]))

@@ -63,19 +63,33 @@ class Trace(msgspec.Struct, frozen=True):
         rows.sort(key=lambda row: row.at_s)
         return Trace(self.source, tuple(rows))
 
-    def another_day(self, scale: float, seed: int) -> Trace:
-        """A day like this one, `scale` times as busy on average: of each request as many as a Poisson draw says.
+    @property
+    def period_s(self) -> float:
+        """After so long it may begin again: the mean gap lies between the last request and the next first one."""
+        return self.span_s * len(self.rows) / max(1, len(self.rows) - 1)
 
-        The first of them keeps its moment and the others come close to it, as with `rate_scaled`; see docs/metrics.md.
+    def another_day(self, scale: float, seed: int, draws: int = 1) -> Trace:
+        """The trace so many times in succession, each time drawn anew, `scale` times as busy on average: of each request as
+        many as a Poisson draw says.
+
+        The first of them keeps its moment and the others come close to it, as with `rate_scaled`. The draws share the chances
+        of a request evenly (a Latin hypercube), so a day of many draws is as busy as another one; see docs/metrics.md.
         """
         _require_positive(self.source, "rate scale", scale)
-        draw = random.Random(f"day/{seed}:{scale}")
+        draw = random.Random(f"day/{seed}:{scale}:{draws}")
         last_s = self.rows[-1].at_s if self.rows else 0.0
+        period_s = self.period_s
+        parts = [list(range(draws)) for _ in range(math.ceil(scale))]
         rows = []
         for row in self.rows:
-            for copy in range(_poisson(draw, scale)):
-                shift_s = draw.uniform(-SPREAD_S, SPREAD_S) if copy else 0.0
-                rows.append(msgspec.structs.replace(row, at_s=min(last_s, max(0.0, row.at_s + shift_s))))
+            for part in parts:
+                draw.shuffle(part)
+            for number in range(draws):
+                chances = ((part[number] + draw.random()) / draws for part in parts)
+                for copy in range(sum(_poisson(chance, scale / len(parts)) for chance in chances)):
+                    shift_s = draw.uniform(-SPREAD_S, SPREAD_S) if copy else 0.0
+                    at_s = min(last_s, max(0.0, row.at_s + shift_s))
+                    rows.append(msgspec.structs.replace(row, at_s=number * period_s + at_s))
         rows.sort(key=lambda row: row.at_s)
         return Trace(self.source, tuple(rows))
 
@@ -142,12 +156,14 @@ def names_for(trace: Trace, ours: Sequence[str], wanted: Mapping[str, str] | Non
     return {name: names[name] for name in theirs}
 
 
-def _poisson(draw: random.Random, mean: float) -> int:
-    """How many arrivals of a steady stream fall into `mean` of their mean gaps."""
-    count, passed = 0, draw.expovariate(1.0)
-    while passed < mean:
+def _poisson(chance: float, mean: float) -> int:
+    """How many come where so large a share of all draws has fewer. The mean is 1 at most."""
+    count, part = 0, math.exp(-mean)
+    below = part
+    while below <= chance and part:
         count += 1
-        passed += draw.expovariate(1.0)
+        part *= mean / count
+        below += part
     return count
 
 
