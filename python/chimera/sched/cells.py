@@ -72,12 +72,11 @@ class Cells:
 
     def astray(self, number: int) -> dict[str, list[Seat]]:
         """The models at home there that are wanted elsewhere too, with where."""
-        of_gpu, wanted_of = self._of_gpu, self._fleet.wanted_of
+        of_gpu = self._of_gpu
         found: dict[str, list[Seat]] = {}
-        for model in self._models[number]:
-            for seat in wanted_of(model):
-                if of_gpu.get(seat.gpu_ids[0], number) != number:
-                    found.setdefault(model, []).append(seat)
+        for seat in self._fleet.wanted_of_all(self._models[number]):
+            if of_gpu.get(seat.gpu_ids[0], number) != number:
+                found.setdefault(seat.replica.model, []).append(seat)
         return found
 
     def models_of(self, number: int) -> list[str]:
@@ -85,12 +84,12 @@ class Cells:
 
     def cell(self, number: int) -> Cell:
         fleet = self._fleet
-        models = tuple(fleet.models[name] for name in self._models[number])
+        names = self._models[number]
         return Cell(
             number=number,
-            gpus=tuple(self._left_of(gpu, number) for gpu in self._gpus(number)),
-            models=models,
-            wanted=Placement(tuple(seat for model in models for seat in fleet.wanted_of(model.name))),
+            gpus=tuple([self._left_of(gpu, number) for gpu in self._gpus(number)]),
+            models=tuple([fleet.models[name] for name in names]),
+            wanted=Placement(tuple(fleet.wanted_of_all(names))),
         )
 
     def _gpus(self, number: int) -> list[Gpu]:
@@ -100,8 +99,8 @@ class Cells:
     def _left_of(self, gpu: Gpu, number: int) -> Gpu:
         """As large as what models of other cells leave of it."""
         fleet = self._fleet
-        here = [place.seat.replica.model for place in fleet.on_gpu(gpu.gpu_id)]
-        foreign = [model for model in here if self._of_model.get(model, number) != number]
+        of_model, here = self._of_model, fleet.on_gpu(gpu.gpu_id)
+        foreign = [name for place in here if of_model.get(name := place.seat.replica.model, number) != number]
         if not foreign or fleet.costs is None:
             return gpu
         held = sum(fleet.costs.resident_bytes(fleet.models[name]) for name in foreign if name in fleet.models)

@@ -237,7 +237,7 @@ class ControlScheduler:
         fleet, dispatcher = self.fleet, self._dispatcher
         places: Iterable[Place] = fleet.places.values()
         if cell is not None:
-            places = (place for model in cell.models for place in fleet.places_of(model.name))
+            places = [place for model in cell.models for place in fleet.places_of(model.name)]
             names = [model.name for model in cell.models]
             waiting = {name: count for name in names if (count := dispatcher.waiting_for(name))}
         return Snapshot(

@@ -6,7 +6,7 @@ both sides need. Decides nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
@@ -102,11 +102,19 @@ class Fleet:
         self._wanted, self._wanted_of = placement, None
 
     def wanted_of(self, model: str) -> Sequence[Seat]:
+        return self._wanted_by_model().get(model, ())
+
+    def wanted_of_all(self, models: Iterable[str]) -> list[Seat]:
+        """One model's after the other's."""
+        wanted = self._wanted_by_model()
+        return [seat for model in models for seat in wanted.get(model, ())]
+
+    def _wanted_by_model(self) -> dict[str, list[Seat]]:
         if self._wanted_of is None:
             self._wanted_of = {}
             for seat in self._wanted.seats:
                 self._wanted_of.setdefault(seat.replica.model, []).append(seat)
-        return self._wanted_of.get(model, ())
+        return self._wanted_of
 
     # Readings.
 
