@@ -16,6 +16,7 @@ from chimera.core.placement import Seat
 from chimera.core.record import Alternative
 from chimera.sched.policies.board import Board, places_weighed, weighed
 from chimera.sched.policies.changes import Change, Changes
+from chimera.sched.policies.forecast import Forecast
 from chimera.sched.policies.outlook import Outlook
 from chimera.sched.policies.policy import CALM_S, TICK_S, Decision, Question
 
@@ -29,6 +30,8 @@ class Flexible(msgspec.Struct, frozen=True):
     margin: float = 0.08
     """A change has to promise so much more of the rates it touches."""
     least_gain_per_s: float = 0.02
+    least_lost: float = 0.01
+    """A GPU that keeps the promises of all but so much of what it is asked for is left as it is."""
     settle_s: float = 4.0
     """A replica stays at least this long, whatever the forecast."""
     overlap: float = 0.25
@@ -114,8 +117,12 @@ class Flexible(msgspec.Struct, frozen=True):
 
     def _pressed(self, outlook: Outlook) -> list[int]:
         """GPUs on which enough is lost to be worth a change, those that lose most first."""
-        lost = {gpu_id: outlook.on(gpu_id).lost_per_s for gpu_id in outlook.board.gpus}
-        return sorted((g for g in lost if lost[g] >= self.least_gain_per_s), key=lambda g: (-lost[g], g))
+        lost = {gpu_id: now.lost_per_s for gpu_id in outlook.board.gpus if self._loses(now := outlook.on(gpu_id))}
+        return sorted(lost, key=lambda g: (-lost[g], g))
+
+    def _loses(self, now: Forecast) -> bool:
+        asked_per_s = now.lost_per_s + now.attained_per_s
+        return now.lost_per_s >= max(self.least_gain_per_s, self.least_lost * asked_per_s)
 
     def _relieve(self, outlook: Outlook, changes: Changes, pressed: list[int]) -> None:
         """The change that promises the most, if it is worth it."""
