@@ -19,7 +19,7 @@ from chimera.sim.run import Scenario, simulate
 from chimera.trace.trace import Row, Trace
 
 from benchmark import report
-from benchmark.sim import fit, policies, reality
+from benchmark.sim import elsewhere, fit, policies, reality
 from benchmark.sim.bench import Cell
 from benchmark.sim.calibration import Calibration
 from tests.sched.builders import costs, model
@@ -40,6 +40,22 @@ def test_a_run_that_was_kept_is_not_made_again(tmp_path: Path, monkeypatch: pyte
         kept = policies._Kept(file)
         assert [kept.joint(CELL, ((), Trace("told", ())), costs(), "static+goodput", seed) for seed in (1, 2)] == [0.1, 0.2]
     assert made == [1, 2]
+
+
+def test_losses_elsewhere_are_counted_load_by_load() -> None:
+    figures = report.Figures("told")
+    elsewhere._verdict(figures, {"static": [0.5, 0.9, 0.4], "kvpr": [0.2, 0.3, 0.8], "flexible": [0.495, 0.95, 0.6]})
+    told = {figure.name: figure.value for figure in figures.figures}
+    assert told["loads where ours is within 1 % of the best of the others"] == 2
+    assert told["the most by which another was better"] == pytest.approx(20.0)
+    assert told["ours over the best of the others, over all loads"] == pytest.approx(100 * (2.045 - 1.8) / 3)
+
+
+def test_another_seed_draws_other_loads_and_the_same_seed_the_same() -> None:
+    def made(seed: int) -> Trace:
+        return elsewhere._made(random.Random(seed), ["a", "b"])[1]
+
+    assert made(1) == made(1) != made(2)
 
 
 def test_a_trace_for_real_engines_fits_their_contexts_and_their_time() -> None:
