@@ -44,6 +44,7 @@ class Board:
                 self._put(seat)
             else:
                 self._away.append(seat)
+        self._models_away = {seat.replica.model for seat in self._away}
         for view in snapshot.replicas:
             if view.replica not in self._seats and view.state is not ReplicaState.STOPPED:
                 self._charge(view.replica.model, view.gpu_ids, 1)
@@ -83,7 +84,7 @@ class Board:
 
     def is_away(self, model: str) -> bool:
         """Whether a replica of it is expected back with its agent."""
-        return any(seat.replica.model == model for seat in self._away)
+        return model in self._models_away
 
     # Room.
 
