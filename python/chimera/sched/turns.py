@@ -7,8 +7,8 @@ Under a local policy that knows deadlines, an engine is given no more prompts th
 stays ours, and all queues of the GPU take turns. Under `goodput` prompts also leave time for the decodes of those that run; no
 more engines are at work at once than the TPOTs promised bear; a request waits here while there is no room for its cache, and
 one that would be late for want of a credit or of room takes the place of one to whom nothing is promised, or can be kept, any
-more. Where a neighbour's engine is what would make it late, and
-nothing is promised to those that the neighbour runs, that engine stands still meanwhile.
+more. Where a neighbour's engine is what would make it late, and nothing is promised to those that the neighbour runs, that
+engine stands still meanwhile.
 
 Nobody starves. One turn in `LATE_TURN` is the oldest late request's, so behind n older ones it has its turn after
 (n + 1) × LATE_TURN turns at the most; a request makes way `MOST_PREEMPTIONS` times and then runs to its end; an engine stands
