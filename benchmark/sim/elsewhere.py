@@ -48,6 +48,8 @@ LENGTHS = (
     ((32, 128), (512, 1024)),
 )
 SECONDS = 120.0
+LEAST = 10
+"""Requests of a cut: chance may find two minutes in which nobody asks."""
 BUSY = (0.1, 1.2)
 TOGETHER = 8.0
 WITHIN = 0.01
@@ -133,9 +135,11 @@ def _made(dice: random.Random, names: list[str]) -> tuple[str, Trace]:
 
 def _cut(dice: random.Random, names: list[str], traces: Path) -> tuple[str, Trace]:
     source = dice.choice(SHIPPED)
-    trace = read_trace(traces / f"{source}.csv.gz")
-    from_s = dice.uniform(0.0, trace.span_s - SECONDS)
-    trace = trace.cut(from_s, from_s + SECONDS)
+    whole = read_trace(traces / f"{source}.csv.gz")
+    trace, from_s = Trace(source, ()), 0.0
+    while len(trace.rows) < LEAST:
+        from_s = dice.uniform(0.0, whole.span_s - SECONDS)
+        trace = whole.cut(from_s, from_s + SECONDS)
     return f"{source.split('_first')[0]}@{from_s:.0f}", trace.renamed(names_for(trace, names))
 
 
