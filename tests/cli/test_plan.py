@@ -22,7 +22,7 @@ MODELS: list[dict[str, Any]] = [
 @pytest.fixture(autouse=True)
 def _a_day_is_the_trace_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(load, "REQUESTS", 90)
-    monkeypatch.setattr(load, "MOST_REQUESTS", 90)
+    monkeypatch.setattr(load, "LONGEST", 1)
 
 
 @pytest.fixture
@@ -136,6 +136,9 @@ def test_the_page_of_plots_is_a_picture_of_the_first_line(files: Path) -> None:
         (["--target", "101%"], "above 0 % and up to 100 %"),
         (["--target", "most"], "'most' is no percentage"),
         (["--gpu", "H200"], "no such cost table"),
+        (["--gpu", ""], "no such cost table"),
+        (["--gpu", "H100,"], "no such cost table"),
+        (["--slo-scale", "inf"], "it is inf"),
         (["--policy", "wishful"], "there is no policy 'wishful'"),
         (["--rate-scale", "1,0"], "above zero"),
         (["--rate-scale", "1,much"], "'much' is no number"),
@@ -146,6 +149,9 @@ def test_the_page_of_plots_is_a_picture_of_the_first_line(files: Path) -> None:
         (["--most", "0"], "1 to 1024 are possible"),
         (["--gpu-hour-price", "-1"], "above zero"),
         (["--plots", "plan.pdf"], "does not end in .png"),
+        (["--json", "no/folder/plan.json"], "there is no folder no/folder"),
+        (["--placement", "no/folder/plan.json"], "there is no folder no/folder"),
+        (["--plots", "no/folder/plan.png"], "there is no folder no/folder"),
         (["--map", "x"], "'x' is not TRACE=MODEL"),
     ],
 )

@@ -11,7 +11,7 @@ from chimera.sched.cost import CostTable
 
 def table_named(name: str) -> CostTable:
     """The table of that name, or of the one kind whose name begins so; or a JSON file."""
-    chosen = next((table for table in shipped_tables() if table.startswith(name)), name)
+    chosen = next((table for table in shipped_tables() if name and table.startswith(name)), name)
     try:
         return msgspec.json.decode(read_cost_table(chosen), type=CostTable)
     except msgspec.DecodeError as fault:

@@ -90,10 +90,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     target = _target(arguments.target)
     policies = _policies(arguments.policy)
+    slo_scale = _positive("--slo-scale", arguments.slo_scale)
     rates = [_positive("--rate-scale", word) for word in arguments.rate_scale.split(",")]
     tables = [table_named(kind if kind.endswith(".json") else kind.lower()) for kind in arguments.gpu.split(",")]
     if arguments.plots is not None and arguments.plots.suffix != ".png":
         raise ConfigError.single("--plots", f"{arguments.plots} does not end in .png")
+    for flag, file in (("--json", arguments.json), ("--plots", arguments.plots), ("--placement", arguments.placement)):
+        _require_folder(flag, file)
     _require_between("--days", arguments.days, 1, MOST_DAYS)
     _require_between("--most", arguments.most, 1, MOST_GPUS)
     price = None if arguments.gpu_hour_price is None else _positive("--gpu-hour-price", arguments.gpu_hour_price)
@@ -103,7 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"enough is what keeps {100 * target:.6g} % on each of {arguments.days} days like the trace")
     answers = []
     for question in _questions(arguments, splits, trace, tables, rates):
-        models = chosen(question.splits, question.trace, question.costs, arguments.slo_scale)
+        models = chosen(question.splits, question.trace, question.costs, slo_scale)
         load = Load(models, question.trace, question.rate, arguments.days)
         search = Search(load, question.costs, target, arguments.most, None if arguments.quiet else progress)
         answers.append(answer(question.what, search, policies, price))
@@ -252,6 +255,12 @@ def _positive(flag: str, word: str | float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ConfigError.single(flag, f"it is {value:g}; it has to be above zero")
     return value
+
+
+def _require_folder(flag: str, file: Path | None) -> None:
+    """A plan takes minutes: what cannot be written is said before."""
+    if file is not None and not file.parent.is_dir():
+        raise ConfigError.single(flag, f"there is no folder {file.parent}")
 
 
 def _require_between(flag: str, value: int, low: int, high: int) -> None:

@@ -15,10 +15,11 @@ from chimera.trace.trace import Trace
 ANOTHER = 0
 """The seed of the one more model's requests: no day of a plan has it."""
 REQUESTS = 5_000
-"""A day has so many at least: of 99 % they leave fifty to be let down."""
-MOST_REQUESTS = 30_000
-DAY_S = 86_400.0
-"""A day is made of several draws only up to these."""
+"""A day has so many, of which 99 % leave fifty to be let down,"""
+DAY_S = 3_600.0
+"""or lasts so long: idle hours cost time too."""
+LONGEST = 6
+"""At most so many times as many requests, or as long."""
 
 
 class Load:
@@ -29,13 +30,13 @@ class Load:
         self.rate = rate
         self.days = days
         self._each = rate * len(trace.rows)
-        self.draws = min(math.ceil(REQUESTS / self._each), self._most_draws) if draws is None else draws
+        self.draws = self._draws() if draws is None else draws
         self._drawn: dict[int, Trace] = {}
 
     def day(self, number: int, rate: float | None = None) -> Trace:
-        """At another rate it lasts as long."""
+        """At another rate it has as many requests, so it is shorter or longer."""
         if rate is not None and rate != self.rate:
-            return self.trace.another_day(rate, number, self.draws)
+            return self.trace.another_day(rate, number, math.ceil(self.draws * self.rate / rate))
         if number not in self._drawn:
             self._drawn[number] = self.trace.another_day(self.rate, number, self.draws)
         return self._drawn[number]
@@ -52,12 +53,15 @@ class Load:
     def longer(self, times: float) -> Load | None:
         """With days so many times as long; `None` where that is no longer than now, or too long."""
         draws = math.ceil(times * self.draws)
-        return Load(self.models, self.trace, self.rate, self.days, draws) if self.draws < draws <= self._most_draws else None
+        return (
+            Load(self.models, self.trace, self.rate, self.days, draws) if self.draws < draws <= self._draws(LONGEST) else None
+        )
 
-    @property
-    def _most_draws(self) -> int:
+    def _draws(self, times: int = 1) -> int:
         period_s = self.trace.period_s
-        return max(1, min(math.floor(MOST_REQUESTS / self._each), math.floor(DAY_S / period_s))) if period_s else 1
+        if times * REQUESTS <= self._each or times * DAY_S <= period_s or not period_s:
+            return 1
+        return min(math.ceil(times * REQUESTS / self._each), math.ceil(times * DAY_S / period_s))
 
 
 def one_more(trace: Trace, model: str, name: str) -> Trace:
