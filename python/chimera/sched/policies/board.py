@@ -27,6 +27,8 @@ class Board:
         self.now_s = snapshot.now_s
         self.gpus = {gpu.gpu_id: gpu for gpu in snapshot.gpus}
         self.models = {model.name: model for model in snapshot.models}
+        self.resident_bytes = {name: self.costs.resident_bytes(model) for name, model in self.models.items()}
+        """Of a replica, on each of its GPUs."""
         self.views: dict[ReplicaId, ReplicaView] = {view.replica: view for view in snapshot.replicas}
         self._question = question
         self._reasons: dict[ReplicaId, str] = {}
@@ -174,7 +176,7 @@ class Board:
                 leaving.append(seat)
                 for gpu_id in seat.gpu_ids:
                     if gpu_id in short:
-                        short[gpu_id] -= self.costs.resident_bytes(self.models[seat.replica.model])
+                        short[gpu_id] -= self.resident_bytes[seat.replica.model]
         return leaving if all(nbytes <= 0 for nbytes in short.values()) else None
 
     # Changing it.
@@ -221,7 +223,7 @@ class Board:
         leavers = sorted((seat for seat in self.seats() if self.may_leave(seat)), key=self.leaving_order)
         for seat in leavers:
             models = {other.replica.model for other in self.seats()}
-            total = sum(self.costs.resident_bytes(self.models[s.replica.model]) * len(s.gpu_ids) for s in self.seats())
+            total = sum(self.resident_bytes[s.replica.model] * len(s.gpu_ids) for s in self.seats())
             many = warm.most_models is not None and len(models) > warm.most_models
             big = warm.most_bytes is not None and total > warm.most_bytes
             if not (many or big):
@@ -248,12 +250,10 @@ class Board:
         self._charge(seat.replica.model, seat.gpu_ids, 1)
 
     def _charge(self, model: str, gpu_ids: Iterable[int], sign: int) -> None:
-        spec = self.models.get(model)
-        if spec is None:
-            return
+        change = sign * self.resident_bytes.get(model, 0)
         for gpu_id in gpu_ids:
             if gpu_id in self._taken:
-                self._taken[gpu_id] += sign * self.costs.resident_bytes(spec)
+                self._taken[gpu_id] += change
 
 
 MOST_WEIGHED = 8

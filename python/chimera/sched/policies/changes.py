@@ -110,7 +110,7 @@ class Changes:
             if any(short.get(gpu_id, 0) > 0 for gpu_id in seat.gpu_ids):
                 leaving.append(seat)
                 for gpu_id in short.keys() & set(seat.gpu_ids):
-                    short[gpu_id] -= board.costs.resident_bytes(board.models[seat.replica.model])
+                    short[gpu_id] -= board.resident_bytes[seat.replica.model]
         return tuple(leaving) if all(nbytes <= 0 for nbytes in short.values()) else None
 
     def _may_go(self, seat: Seat, idle_s: float, unasked: bool) -> bool:

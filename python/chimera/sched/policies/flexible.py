@@ -104,7 +104,7 @@ class Flexible(msgspec.Struct, frozen=True):
         idle = [gpu_id for gpu_id in board.gpus if not any(outlook.rates[seat.replica.model] for seat in board.on_gpu(gpu_id))]
         if not idle:
             return
-        crowds = {name: outlook.crowd(name) for name in board.models if board.seats_of(name)}
+        crowds = {name: outlook.crowd(name) for name in board.models if outlook.rates[name] and board.seats_of(name)}
         for name in sorted((n for n in crowds if crowds[n] >= self.overlap), key=lambda n: (-crowds[n], n)):
             model = board.models[name]
             gangs = [gang for gang in board.gangs(model) if set(gang) <= set(idle) and board.fits(model, gang)]

@@ -40,8 +40,6 @@ class Outlook:
         self._now: dict[int, Forecast] = {}
         """By GPU, for the board's edition."""
         self._edition = board.edition
-        self._resident = {name: board.costs.resident_bytes(model) for name, model in board.models.items()}
-
         self._leaving: dict[int, list[tuple[str, int]]] = {}
         """Replicas that run their last requests, where they still take their turns."""
         for view in board.views.values():
@@ -101,7 +99,7 @@ class Outlook:
             board = self.board
             asked = [(self._load(m), rate / n, self._late(m) / n) for m, n in replicas.items() if (rate := self.rates[m])]
             asked += [(self._load(model), 0.0, running / BEHIND_S) for model, running in self._leaving.get(gpu_id, ())]
-            kv_bytes = board.gpus[gpu_id].capacity_bytes - sum(self._resident[model] for model in replicas)
+            kv_bytes = board.gpus[gpu_id].capacity_bytes - sum(board.resident_bytes[model] for model in replicas)
             known = forecast(asked, kv_bytes, board.costs.neighbour_slowdown)
             self._forecasts[key] = known
         return known
