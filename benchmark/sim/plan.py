@@ -1,6 +1,6 @@
 """Whether `chimera plan` is right: its answers replayed on ten other days, and with one GPU fewer.
 
-    python -m benchmark.sim.plan [--only arena] [--kept FILE] [--json FILE]
+    python -m benchmark.sim.plan [--only arena,azure] [--kept FILE] [--json FILE]
 
 A plan tries days 1 to 10; here are days 11 to 20 of the same load, as long as the plan found that days have to be. Each case is
 planned as the command does, with all its policies. Takes half an hour of one core; with `--kept` each plan and each replayed
@@ -52,7 +52,7 @@ CASES = (
 
 def main() -> int:
     options = report.parser(__doc__, seed=1)
-    options.add_argument("--only", default="", help="cases whose name contains this")
+    options.add_argument("--only", default="", help="cases whose name contains one of these words")
     options.add_argument("--traces", type=Path, default=TRACES)
     options.add_argument("--kept", type=Path, help="cases that were made before; new ones are added")
     arguments = options.parse_args()
@@ -67,7 +67,7 @@ def main() -> int:
     right, tight, soft, planned = 0, 0, 0, 0
     for cell in CASES:
         name = f"{cell.trace.split('_first')[0]}@{cell.from_s:g} {cell.models} models {cell.level}"
-        if arguments.only not in name:
+        if not any(word in name for word in arguments.only.split(",")):
             continue
         load = _load(cell, arguments.traces, table)
         plan = made.figures((name,), partial(_planned, load, table))
