@@ -17,6 +17,9 @@ WHY: dict[str, str] = {
     "over serverless-like's": _COLD,
     "over qlm-like's": _COLD,
     "over the worst baseline's": "The worst has one model on a GPU at a time, and every cold start misses a tight promise",
+    "TPOT attainment of flexible over the best baseline's": (
+        "No more of its engines are at work at once than a tight TPOT bears; where all are, as with the others, nobody keeps it"
+    ),
     "over the best baseline's": f"{_NOT_SHORT}; with tight promises nobody keeps them, with loose ones all do",
     "load A: GPUs of s-partition": "18 models leave 127 of 304 GB to caches on 4 GPUs: equal parts of that are often enough",
     "load A: GPUs of muxserve-like": f"{_KNOWS}; and memory is not short on 4 GPUs",
