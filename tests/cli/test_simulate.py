@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from chimera.bench import chart
+from chimera.cli import played
 from chimera.cli.main import main
+from chimera.core.metrics import Story
+from chimera.core.model import Slo
+from PIL import Image, ImageColor
 
 MODELS = [
     {"model_name": name, "weight_bytes": 2_000_000_000, "kv_bytes_per_token": 32768, "slo": {"ttft_ms": 200, "tpot_ms": 30}}
@@ -46,9 +51,31 @@ def test_what_is_written_says_the_same_as_the_table(files: Path) -> None:
     assert json.loads(written["--chrome-trace"].read_text())["traceEvents"]
 
 
+def test_the_page_of_plots_has_a_bar_for_each_policy_and_a_row_for_each_model(files: Path) -> None:
+    assert simulate(files, "--policy", "static,flexible", "--seeds", "2", "--plots", str(files / "p.png")) == 0
+    with Image.open(files / "p.png") as picture:
+        assert picture.size == (2 * played.WIDTH, 2 * played.HEIGHT)
+        colours = {colour for _, colour in picture.getcolors(picture.width * picture.height)}
+    hues = chart.colors([model["model_name"] for model in MODELS])
+    assert {ImageColor.getrgb(hue) for hue in (*hues.values(), *chart.RUNS[:2])} <= colours
+
+
+def test_what_is_kept_over_time_is_told_of_those_sent_then() -> None:
+    slo = Slo(ttft_s=1.0)
+    told = [
+        Story(request_id=str(n), model="a", sent_s=n, prompt_tokens=1, output_tokens=1, slo=slo, **seen)
+        for n, seen in ((0.0, {"first_token_s": 0.5, "last_token_s": 0.5}), (0.1, {}), (24.0, {}))
+    ]
+    assert played._by_time(told, 24.0) == ((0.5, 50.0), (23.5, 0.0))
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["--plots", "p.pdf"], "does not end in .png"),
+        (["--plots", "no/folder/p.png"], "there is no folder no/folder"),
+        (["--json", "no/folder/p.json"], "there is no folder no/folder"),
+        (["--chrome-trace", "no/folder/p.json"], "--chrome-trace: there is no folder no/folder"),
         (["--policy", "wishful"], "there is no policy 'wishful'"),
         (["--gpus", "0xH100"], "0 GPUs"),
         (["--gpus", "2xAbacus"], "no such cost table"),

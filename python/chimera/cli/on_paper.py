@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from chimera.errors import ConfigError
 
@@ -19,6 +20,17 @@ def mapping(words: Sequence[str]) -> dict[str, str]:
             raise ConfigError.single("--map", f"{word!r} is not TRACE=MODEL")
         found[theirs] = ours
     return found
+
+
+def require_folder(flag: str, file: Path | None) -> None:
+    """What is reckoned takes minutes: what cannot be written is said before."""
+    if file is not None and not file.parent.is_dir():
+        raise ConfigError.single(flag, f"there is no folder {file.parent}")
+
+
+def require_png(flag: str, file: Path | None) -> None:
+    if file is not None and file.suffix != ".png":
+        raise ConfigError.single(flag, f"{file} does not end in .png")
 
 
 def progress(title: str) -> Callable[[float], None] | None:

@@ -16,7 +16,7 @@ import msgspec
 
 from chimera.bench.canvas import Png
 from chimera.cli.costs import table_named
-from chimera.cli.on_paper import clear_progress, mapping, print_table, progress
+from chimera.cli.on_paper import clear_progress, mapping, print_table, progress, require_folder, require_png
 from chimera.config.cost_tables import shipped_tables
 from chimera.config.deployment import load_splits
 from chimera.config.paper_models import is_on_paper, paper_splits, read_paper_models
@@ -93,10 +93,9 @@ def run(arguments: argparse.Namespace) -> int:
     slo_scale = _positive("--slo-scale", arguments.slo_scale)
     rates = [_positive("--rate-scale", word) for word in arguments.rate_scale.split(",")]
     tables = [table_named(kind if kind.endswith(".json") else kind.lower()) for kind in arguments.gpu.split(",")]
-    if arguments.plots is not None and arguments.plots.suffix != ".png":
-        raise ConfigError.single("--plots", f"{arguments.plots} does not end in .png")
+    require_png("--plots", arguments.plots)
     for flag, file in (("--json", arguments.json), ("--plots", arguments.plots), ("--placement", arguments.placement)):
-        _require_folder(flag, file)
+        require_folder(flag, file)
     _require_between("--days", arguments.days, 1, MOST_DAYS)
     _require_between("--most", arguments.most, 1, MOST_GPUS)
     price = None if arguments.gpu_hour_price is None else _positive("--gpu-hour-price", arguments.gpu_hour_price)
@@ -255,12 +254,6 @@ def _positive(flag: str, word: str | float) -> float:
     if not (math.isfinite(value) and value > 0):
         raise ConfigError.single(flag, f"it is {value:g}; it has to be above zero")
     return value
-
-
-def _require_folder(flag: str, file: Path | None) -> None:
-    """A plan takes minutes: what cannot be written is said before."""
-    if file is not None and not file.parent.is_dir():
-        raise ConfigError.single(flag, f"there is no folder {file.parent}")
 
 
 def _require_between(flag: str, value: int, low: int, high: int) -> None:

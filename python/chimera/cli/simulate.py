@@ -15,8 +15,11 @@ from pathlib import Path
 
 import msgspec
 
+from chimera.bench.canvas import Png
+from chimera.cli import played
 from chimera.cli.costs import table_named
-from chimera.cli.on_paper import mapping, print_table, progress
+from chimera.cli.on_paper import mapping, print_table, progress, require_folder, require_png
+from chimera.cli.played import Played
 from chimera.config.cost_tables import shipped_tables
 from chimera.config.deployment import load_placement
 from chimera.config.paper_models import is_on_paper, read_paper_models
@@ -74,6 +77,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--csv", type=Path, metavar="FILE", help="every request's story, of the first seed")
     add("--log", type=Path, metavar="FILE", help="what happened, line by line, of the first seed and the last policy")
     add("--chrome-trace", type=Path, metavar="FILE", help="the same for chrome://tracing")
+    add("--plots", type=Path, metavar="FILE.png", help="one page of plots")
     add("--quiet", action="store_true", help="no progress")
 
 
@@ -83,6 +87,9 @@ def run(arguments: argparse.Namespace) -> int:
         policy_named(policy)
     if arguments.seeds < 1:
         raise ConfigError.single("--seeds", f"{arguments.seeds} runs are none")
+    require_png("--plots", arguments.plots)
+    for flag in ("json", "csv", "log", "chrome_trace", "plots"):
+        require_folder(f"--{flag.replace('_', '-')}", getattr(arguments, flag))
     count, kind = _gpu_words(arguments.gpus)
     costs = _costs(arguments.costs or kind)
     gpus = _gpus(arguments.gpus, count, kind, costs)
@@ -98,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
     trace = trace.renamed(names).time_scaled(arguments.time_scale)
     models = promises(models, trace, costs, arguments.slo_scale)
     print(f"{len(trace.rows)} requests over {trace.span_s:.0f} s, {len(models)} models, {len(gpus)} GPUs ({costs.machine})")
-    rows: list[tuple[str, list[Outcome]]] = []
+    runs: list[Played] = []
     for policy in policies:
         scenario = Scenario(
             models=models,
@@ -109,43 +116,47 @@ def run(arguments: argparse.Namespace) -> int:
             filed=filed,
             warm=WarmRules(order=arguments.warm_order, most_models=arguments.max_warm),
         )
-        rows.append((policy, _seeds(scenario, trace, arguments)))
-    _print_table(rows)
+        runs.append(_played(scenario, trace, arguments))
+        _write(arguments, runs[-1])
+    _print_table(runs)
     if arguments.json is not None:
-        told = {policy: msgspec.to_builtins(outcomes) for policy, outcomes in rows}
+        told = {run.policy: msgspec.to_builtins(run.outcomes) for run in runs}
         arguments.json.write_text(json.dumps(told, indent=2) + "\n")
+    if arguments.plots is not None:
+        canvas = Png(played.WIDTH, played.HEIGHT)
+        title = f"{len(trace.rows)} requests over {trace.span_s:.0f} s, {len(models)} models, {len(gpus)} GPUs"
+        played.draw(canvas, title, [model.name for model in models], trace.span_s, runs)
+        canvas.save(arguments.plots)
     return 0
 
 
-def _seeds(scenario: Scenario, trace: Trace, arguments: argparse.Namespace) -> list[Outcome]:
-    outcomes = []
-    for seed in range(1, arguments.seeds + 1):
-        chronicle = Chronicle()
-        stories: list[Story] = []
-        outcomes.append(
-            simulated(
-                scenario,
-                trace.rate_scaled(arguments.rate_scale, seed),
-                chronicle=chronicle,
-                progress=None if arguments.quiet else progress(f"{scenario.policy} {seed}/{arguments.seeds}"),
-                keep=stories.extend,
-            )
+def _played(scenario: Scenario, trace: Trace, arguments: argparse.Namespace) -> Played:
+    first = Chronicle()
+    stories: list[Story] = []
+
+    def run(seed: int) -> Outcome:
+        return simulated(
+            scenario,
+            trace.rate_scaled(arguments.rate_scale, seed),
+            chronicle=first if seed == 1 else None,
+            progress=None if arguments.quiet else progress(f"{scenario.policy} {seed}/{arguments.seeds}"),
+            keep=stories.extend if seed == 1 else None,
         )
-        if seed == 1:
-            _write(arguments, scenario.policy, chronicle, stories)
-    return outcomes
+
+    outcomes = tuple(run(seed) for seed in range(1, arguments.seeds + 1))
+    return Played(outcomes=outcomes, stories=tuple(stories), chronicle=first)
 
 
-def _write(arguments: argparse.Namespace, policy: str, chronicle: Chronicle, stories: Sequence[Story]) -> None:
+def _write(arguments: argparse.Namespace, run: Played) -> None:
     if arguments.csv is not None:
         new = not getattr(arguments, "csv_begun", False)
         with arguments.csv.open("w" if new else "a", newline="") as file:
-            _write_stories(csv.writer(file).writerow, policy, stories, header=new)
+            _write_stories(csv.writer(file).writerow, run.policy, run.stories, header=new)
         arguments.csv_begun = True
     if arguments.log is not None:
-        arguments.log.write_bytes(chronicle.lines())
+        arguments.log.write_bytes(run.chronicle.lines())
     if arguments.chrome_trace is not None:
-        arguments.chrome_trace.write_bytes(chronicle.chrome_trace(list(stories)))
+        arguments.chrome_trace.write_bytes(run.chronicle.chrome_trace(list(run.stories)))
 
 
 def _write_stories(write: Callable[[Sequence[object]], object], policy: str, stories: Sequence[Story], *, header: bool) -> None:
@@ -156,18 +167,20 @@ def _write_stories(write: Callable[[Sequence[object]], object], policy: str, sto
         write((policy, s.request_id, s.model, s.sent_s, s.prompt_tokens, s.output_tokens, s.ttft_s, s.tpot_s, kept, s.refusal))
 
 
-def _print_table(rows: Sequence[tuple[str, list[Outcome]]]) -> None:
-    print_table([_COLUMNS, *(_row(policy, outcomes) for policy, outcomes in rows)], left=2)
+def _print_table(runs: Sequence[Played]) -> None:
+    print_table([_COLUMNS, *map(_row, runs)], left=2)
 
 
-def _row(policy: str, outcomes: list[Outcome]) -> tuple[str, ...]:
+def _row(run: Played) -> tuple[str, ...]:
+    outcomes = run.outcomes
+
     def mean(value: Callable[[Outcome], float]) -> float:
         return statistics.fmean(value(outcome) for outcome in outcomes)
 
     joint = [100 * outcome.metrics.joint_attainment for outcome in outcomes]
     spread = f" ±{statistics.stdev(joint):.1f}" if len(joint) > 1 else ""
     return (
-        policy,
+        run.policy,
         outcomes[0].local,
         f"{statistics.fmean(joint):.1f}{spread}",
         f"{100 * mean(lambda o: o.metrics.ttft_attainment):.1f}",

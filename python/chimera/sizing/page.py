@@ -77,6 +77,11 @@ def _first_day(search: Search, answer: Answer) -> tuple[list[Stay], list[Switch]
     chronicle = Chronicle()
     day = search.load.day(1)
     simulate(search.scenario(answer.gpus, answer.policy), day, chronicle=chronicle)
+    return *stood(chronicle), day.rows[-1].at_s if day.rows else 1.0
+
+
+def stood(chronicle: Chronicle) -> tuple[list[Stay], list[Switch]]:
+    """Who stood when, and what came up, on the trace's own time."""
     stays, switches = [], []
     for span in chronicle.spans:
         if span.ready_s is None:
@@ -86,4 +91,4 @@ def _first_day(search: Search, answer: Answer) -> tuple[list[Stay], list[Switch]
         stays.append(Stay(model=model, gpu_ids=span.gpus, from_s=ready_s, to_s=span.gone_s - WARM_UP_S))
         if span.asked_s >= WARM_UP_S:
             switches.append(Switch(at_s=ready_s, model=model, gpu_ids=span.gpus, took_s=span.ready_s - span.asked_s))
-    return stays, switches, day.rows[-1].at_s if day.rows else 1.0
+    return stays, switches
