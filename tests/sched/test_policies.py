@@ -12,6 +12,10 @@ from chimera.core.replica import Epoch, ReplicaId, ReplicaState
 from chimera.core.snapshot import POLICY_NAMES, Demand, ReplicaView, Snapshot
 from chimera.errors import ConfigError
 from chimera.sched.policies import POLICIES, policy_named
+from chimera.sched.policies.board import Board
+from chimera.sched.policies.flexible import Flexible
+from chimera.sched.policies.forecast import Forecast
+from chimera.sched.policies.outlook import Outlook
 from chimera.sched.policies.policy import Decision, Question, WarmRules
 from chimera.units import GIB
 
@@ -156,6 +160,25 @@ def test_flexible_gives_a_model_under_pressure_another_gpu_and_says_why() -> Non
     (new,) = [s for s in decision.placement.seats if s.replica == ReplicaId("a", 1)]
     assert new.gpu_ids == (1,)
     assert "keep their SLO" in decision.reasons[new.replica]
+
+
+@pytest.mark.parametrize(
+    ("lost_per_s", "attained_per_s", "pressed"), [(0.5, 99.5, False), (2.0, 98.0, True), (0.015, 0.1, False)]
+)
+def test_flexible_is_pressed_by_what_is_much_and_a_part_worth_a_look(
+    lost_per_s: float, attained_per_s: float, pressed: bool
+) -> None:
+    now = Forecast(attained_per_s=attained_per_s, lost_per_s=lost_per_s, attainment={}, busy=0.5)
+    assert Flexible()._loses(now) is pressed
+
+
+def test_what_one_more_replica_gains_is_within_what_it_could_at_the_most() -> None:
+    models, standing = [spec(n) for n in "abcd"], [seat("a", 0), seat("b", 0), seat("c", 0), seat("d", 1)]
+    for rate in (0.5, 2.0, 5.0, 15.0):
+        demands = {"a": busy(rate), "b": busy(5.0), "c": busy(rate), "d": busy(1.0)}
+        outlook = Outlook(Board(asked(models, standing, demands, gpus=2)))
+        for brought in models[:3]:
+            assert outlook.gain(((brought, (1,)),)) <= outlook.relief(brought.name, [0]) + 1e-9
 
 
 def test_flexible_puts_a_gpu_to_use_on_which_nobody_is_asked_for() -> None:

@@ -31,8 +31,6 @@ UNKNOWN = 0.5
 """Standard deviation of the neighbours at work that is there even if all of them always are: lengths and batches vary."""
 MOST_PROMPTS = 0.95
 """Of an engine's time, for prompts, where their queue is reckoned: beyond it, what work exceeds the GPU says more."""
-
-
 IN_TURN = 0.4
 """Where engines take turns, so much of what the GPU can bear is in time; the simulator has it so."""
 
